@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svg2_compile.options import ConfigError, canonical_names, parse_value
 from svg2_compile.presets import load_preset
+
+if TYPE_CHECKING:
+    from svg2_compile.passes.sparsify import SparsityPolicy
 
 __all__ = ["ConfigError", "Svg2Config"]
 
@@ -116,6 +120,25 @@ class Svg2Config:
             return cls(**values)
         chosen = load_preset(preset)
         return cls(**{**chosen.settings, **values, "preset": chosen.name})
+
+    def replace(self, **changes: Any) -> Svg2Config:
+        """These settings with some of them changed, checked like new ones.
+
+        Raises:
+            ConfigError: as :meth:`from_options`.
+        """
+        named = canonical_names(changes)
+        return dataclasses.replace(self, **{name: value for name, (_, value) in named.items()})
+
+    def sparsity_policy(self) -> SparsityPolicy:
+        """The part of the settings that says what a sparse attention computes."""
+        from svg2_compile.passes.sparsify import SparsityPolicy
+
+        return SparsityPolicy(**self._only(SparsityPolicy))
+
+    def _only(self, policy: type) -> dict[str, Any]:
+        """The settings that a policy, a dataclass of the passes, has fields for."""
+        return {item.name: getattr(self, item.name) for item in fields(policy)}
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as a plain scalar, ready for JSON and for :meth:`from_options`."""

@@ -1,4 +1,4 @@
-"""Debugging aids: the logger, warn-once, graph dumps and pass timings.
+"""Debugging aids: the logger, warn-once and graph dumps.
 
 Logging is the standard library's, under the name ``svg2_compile``, so that PyTorch's own switch controls it:
 ``TORCH_LOGS="svg2_compile"`` shows decisions, ``TORCH_LOGS="+svg2_compile"`` everything, or in code
@@ -8,21 +8,20 @@ rejects names in TORCH_LOGS that are not known when it is imported itself.)
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-__all__ = ["Lazy", "Once", "PassTiming", "PassTimings", "dump_graph", "get_logger"]
+__all__ = ["Lazy", "Once", "dump_graph", "get_logger", "log"]
 
 ROOT = "svg2_compile"
+
+log = logging.getLogger(ROOT)
 
 
 def get_logger(name: str = ROOT) -> logging.Logger:
@@ -60,45 +59,6 @@ class Once:
 
     def info(self, key: Hashable, message: str, *args: Any) -> bool:
         return self(key, message, *args, level=logging.INFO)
-
-
-@dataclass(frozen=True)
-class PassTiming:
-    """Wall-clock seconds of one pass over one graph, and the number of nodes before and after it."""
-
-    name: str
-    seconds: float
-    nodes_before: int
-    nodes_after: int
-
-
-@dataclass
-class PassTimings:
-    """The timings of a pipeline, in the order in which its passes ran."""
-
-    passes: list[PassTiming] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def measure(self, name: str, gm: fx.GraphModule) -> Iterator[None]:
-        """Record the pass that runs inside; a pass that raises is recorded too."""
-        nodes_before = len(gm.graph.nodes)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = time.perf_counter() - start
-            self.passes.append(PassTiming(name, seconds, nodes_before, len(gm.graph.nodes)))
-
-    @property
-    def total_seconds(self) -> float:
-        return sum(timing.seconds for timing in self.passes)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{item.name:<20} {item.seconds * 1e3:9.1f} ms  {item.nodes_before:6d} -> {item.nodes_after} nodes"
-            for item in self.passes
-        ]
-        return "\n".join([*lines, f"{'all passes':<20} {self.total_seconds * 1e3:9.1f} ms"])
 
 
 def dump_graph(

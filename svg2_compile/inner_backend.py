@@ -116,19 +116,27 @@ def resolve_inner_backend(
 
 
 def compile_inner(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], backend_name: str, mode: str | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    backend_name: str,
+    mode: str | None = None,
+    *,
+    strict: bool = False,
 ) -> CompiledGraph:
     """Compile one graph.
 
     Args:
         gm: a Dynamo graph.
         example_inputs: as Dynamo handed them to the outer backend (real or fake tensors, and symbolic ints).
-        backend_name: any backend that torch.compile knows by name, except "svg2" itself.
+        backend_name: any backend that torch.compile knows by name, except "svg2" itself; "inductor" as
+            :func:`resolve_inner_backend` takes it on the device of the inputs.
         mode: a mode of torch.compile ("max-autotune" ...); for Inductor only, other backends run without it.
 
     Raises:
         ValueError: if ``backend_name`` is not registered, or is "svg2".
+        RuntimeError: with ``strict``, if Inductor is asked for and cannot work on this machine.
     """
+    backend_name = resolve_inner_backend(backend_name, _device_of(example_inputs), strict=strict)
     if backend_name == "svg2":
         raise ValueError(
             "inner_backend='svg2' would compile a graph with itself forever. Valid: 'inductor', 'eager' ..."
@@ -140,6 +148,12 @@ def compile_inner(
         patches = list_mode_options(mode) if mode else None
         return cast(CompiledGraph, compile_fx(gm, list(example_inputs), config_patches=patches))
     return cast(CompiledGraph, _lookup(backend_name)(gm, list(example_inputs)))
+
+
+def _device_of(example_inputs: Sequence[Any]) -> torch.device:
+    """The device that code will be generated for: an accelerator if any input is on one, else the CPU."""
+    devices = [value.device for value in example_inputs if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def _lookup(name: str) -> Callable[..., Any]:
