@@ -1,0 +1,160 @@
+"""Make the centroids loop-carried: graph inputs instead of a cold start, and graph outputs for the next step.
+
+Needs: a graph rewritten by sparsify, and its records.
+
+Before (per side of a site; three nodes say "start cold, iterate long"):
+
+    def forward(x):
+        labels, centroids, sizes = svg2.kmeans(tokens, zeros, false, init_iters)
+        ...
+        return (y,)
+
+After (the caller owns the state and says how far to iterate):
+
+    def forward(x, svg2_0_query_state, ..., svg2_seeded, svg2_iters):
+        labels, centroids, sizes = svg2.kmeans(tokens, svg2_0_query_state, svg2_seeded, svg2_iters)
+        ...
+        return (y, centroids, ..., density)
+
+Guarantees: the graph is a pure function of its inputs; the original inputs and outputs keep their places, the new ones
+follow them in the order of the StateSpec. No state is hidden in the graph and no constant depends on layer or step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from svg2_compile.passes.graph_builder import fake_mode_of, metadata_key
+from svg2_compile.passes.sparsify import Clustering, SparseSite
+
+__all__ = ["StateSlot", "StateSpec", "hoist_centroids"]
+
+
+@dataclass(frozen=True)
+class StateSlot:
+    """One loop-carried tensor: float32 centroids [B, H, C, D].
+
+    shape: ints, or sympy expressions over the symbols of the graph's own inputs.
+    """
+
+    site_index: int
+    role: str
+    name: str
+    shape: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """How the rewritten graph is called.
+
+    Inputs:  the original ones, one centroid tensor per slot, ``seeded`` (bool tensor []), ``iters`` (int).
+    Outputs: the original ones, one centroid tensor per slot, one density tensor [B, H] per entry of density_sites.
+    """
+
+    slots: tuple[StateSlot, ...]
+    density_sites: tuple[int, ...]
+    num_inputs: int
+    num_outputs: int
+    device: torch.device
+
+
+def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite]) -> StateSpec:
+    """Replace every cold start of ``gm`` by a graph input, in place, and return how to call the result."""
+    graph = gm.graph
+    clusterings = [(site, side) for site in sites for side in (site.query, site.key)]
+    placeholders = _Placeholders(graph)
+    num_inputs = placeholders.count
+    slots = []
+    for site, side in clusterings:
+        state = placeholders.append(f"svg2_{site.site.index}_{side.role}_state", side.cold_centroids)
+        side.kmeans.update_arg(1, state)
+        slots.append(StateSlot(site.site.index, side.role, state.name, _shape_of(graph, state)))
+    device = _device_of(graph, clusterings[0][1])
+    seeded = placeholders.append("svg2_seeded", clusterings[0][1].cold_flag)
+    iters = placeholders.append_int("svg2_iters")
+    for _, side in clusterings:
+        side.kmeans.update_arg(2, seeded)
+        side.kmeans.update_arg(3, iters)
+        _erase_unused(graph, side.cold_centroids)
+        _erase_unused(graph, side.cold_flag)
+
+    densities = [site for site in sites if site.density is not None]
+    num_outputs = _append_outputs(
+        graph, [side.centroids for _, side in clusterings] + [site.density for site in densities if site.density]
+    )
+    graph.lint()
+    gm.recompile()
+    return StateSpec(tuple(slots), tuple(site.site.index for site in densities), num_inputs, num_outputs, device)
+
+
+class _Placeholders:
+    """Appends inputs behind the graph's own."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.key = metadata_key(graph)
+        existing = graph.find_nodes(op="placeholder")
+        self.count = len(existing)
+        self._last = existing[-1]
+        self._fake_mode = fake_mode_of(graph)
+
+    def append(self, name: str, like: fx.Node) -> fx.Node:
+        """A tensor input of the shape and dtype of the node that it will replace."""
+        return self._append(name, like.meta[self.key])
+
+    def append_int(self, name: str) -> fx.Node:
+        """An integer input; symbolic, so that its value may change from call to call without a recompile."""
+        hint = 2
+        shape_env = self._fake_mode.shape_env if self._fake_mode is not None else None
+        if shape_env is None:
+            return self._append(name, hint)
+        source = ConstantSource(name)
+        symbol = shape_env.create_unspecified_symbol(hint, source, DimDynamic.DYNAMIC)
+        return self._append(name, shape_env.create_symintnode(symbol, hint=hint, source=source))
+
+    def _append(self, name: str, value: Any) -> fx.Node:
+        with self.graph.inserting_after(self._last):
+            node = self.graph.placeholder(name)
+        node.meta[self.key] = value
+        node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+        self._last = node
+        return node
+
+
+def _append_outputs(graph: fx.Graph, extra: list[fx.Node]) -> int:
+    """Append ``extra`` to the graph's outputs; return how many there were before."""
+    output = graph.output_node()
+    original = output.args[0]
+    if not isinstance(original, (tuple, list)):
+        raise TypeError(f"hoist_centroids needs a graph that returns a tuple, got {type(original).__name__}")
+    output.args = ((*original, *extra),)
+    return len(original)
+
+
+def _shape_of(graph: fx.Graph, state: fx.Node) -> tuple[Any, ...]:
+    shape = state.meta[metadata_key(graph)].shape
+    return tuple(extent if isinstance(extent, int) else extent.node.expr for extent in shape)
+
+
+def _device_of(graph: fx.Graph, side: Clustering) -> torch.device:
+    device = side.cold_centroids.meta[metadata_key(graph)].device
+    assert isinstance(device, torch.device)
+    return device
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that lost its users, and the size arithmetic that only it used."""
+    if node.users or node.op == "placeholder":
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for source in inputs:
+        if source.name.startswith("svg2_") or source.target is torch.ops.aten.sym_size.int:
+            _erase_unused(graph, source)

@@ -1,0 +1,228 @@
+"""Rewrite chosen attentions into cluster, select, permute, attend, unpermute.
+
+Needs: sites from decide_sites on this very graph, fake metadata on its nodes.
+
+Before (one self-attention over N video tokens):
+
+    out = scaled_dot_product_attention(query, key, value)
+
+After:
+
+    q_labels, q_centroids, q_sizes = svg2.kmeans(query, cold_centroids, cold_flag, init_iters)
+    k_labels, k_centroids, k_sizes = svg2.kmeans(key, cold_centroids, cold_flag, init_iters)
+    q_order, q_offsets = svg2.cluster_order(q_labels, Cq, start, N)
+    k_order, k_offsets = svg2.cluster_order(k_labels, Ck, start, N, valid)
+    block_map = svg2.select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_k_ratio)
+    permuted = svg2.block_sparse_attention(permute(query), permute(key), permute(value), q_offsets, k_offsets, block_map)
+    out = svg2.unpermute_tokens(permuted, q_order)
+
+Guarantees: the replaced node has the shape, dtype and strides that it had; every other node is untouched. The graph
+is complete as it stands, starting cold on every call: carrying centroids from step to step is hoist_centroids' work.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from svg2_compile.kernels import ops as _ops  # noqa: F401  (registers the svg2:: operators)
+from svg2_compile.passes.decide_sites import Site
+from svg2_compile.passes.fx_utils import SizeEmitter
+from svg2_compile.passes.graph_builder import GraphBuilder
+from svg2_compile.passes.key_padding import emit_valid
+
+__all__ = ["Clustering", "SparseSite", "SparsityPolicy", "sparsify"]
+
+_svg2 = torch.ops.svg2
+
+
+@dataclass(frozen=True)
+class SparsityPolicy:
+    """What the rewritten attention computes; the numbers of algorithm.md, section "SVG2" and "EAR".
+
+    top_p, min_k_ratio, density: block selection (density, if given, replaces top_p by a fixed budget).
+    init_iters: k-means iterations of a cold start.
+    compensation: "none", or "centroid" to let skipped clusters contribute through their centroids.
+    routing: "score" (softmax mass) or "error" (expected error of compensation).
+    collect_stats: also emit the density of every site.
+    """
+
+    top_p: float
+    min_k_ratio: float
+    density: float | None
+    init_iters: int
+    compensation: str
+    routing: str
+    collect_stats: bool
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """The k-means of one side of a site, with the nodes that a cold start reads and hoist_centroids replaces."""
+
+    role: str  # "query" or "key"
+    kmeans: fx.Node
+    cold_centroids: fx.Node
+    cold_flag: fx.Node
+    labels: fx.Node
+    centroids: fx.Node
+    sizes: fx.Node
+
+
+@dataclass(frozen=True)
+class SparseSite:
+    """One rewritten attention."""
+
+    site: Site
+    query: Clustering
+    key: Clustering
+    density: fx.Node | None
+
+
+def sparsify(gm: fx.GraphModule, sites: list[Site], policy: SparsityPolicy) -> list[SparseSite]:
+    """Rewrite ``sites`` of ``gm`` in place and return a record of each, in the order given."""
+    sizes = SizeEmitter(gm.graph)
+    rewritten = [_SiteRewriter(gm.graph, site, policy, sizes).rewrite() for site in sites]
+    gm.graph.lint()
+    gm.recompile()
+    return rewritten
+
+
+class _SiteRewriter:
+    """Emits the subgraph of one site, one method for each stage of the algorithm."""
+
+    def __init__(self, graph: fx.Graph, site: Site, policy: SparsityPolicy, sizes: SizeEmitter) -> None:
+        self.site = site
+        self.call = site.call
+        self.policy = policy
+        self.build = GraphBuilder(graph, anchor=site.call.node, prefix=f"svg2_{site.index}_")
+        self.start = sizes.emit(site.video_start, before=site.call.node)
+        self.video_tokens = sizes.emit(site.video_tokens, before=site.call.node)
+        self.num_tokens = sizes.emit(site.num_tokens, before=site.call.node)
+        self.num_q_clusters = sizes.emit(site.num_q_clusters, before=site.call.node)
+        self.num_k_clusters = sizes.emit(site.num_k_clusters, before=site.call.node)
+        self.scale = self.call.scale if self.call.scale is not None else 1.0 / math.sqrt(site.head_dim)
+
+    def rewrite(self) -> SparseSite:
+        build = self.build
+        query, key, value = self._heads_first()
+        valid = None
+        if self.site.key_padding is not None:
+            valid = emit_valid(build, self.site.key_padding)
+
+        query_side = self._cluster("query", query, self.num_q_clusters, None)
+        key_side = self._cluster("key", key, self.num_k_clusters, valid)
+        q_order, q_offsets = self._order("query", query_side.labels, self.num_q_clusters, None)
+        k_order, k_offsets = self._order("key", key_side.labels, self.num_k_clusters, valid)
+
+        q_permuted = build.call(_svg2.permute_tokens.default, query, q_order, name="query_permuted")
+        k_permuted = build.call(_svg2.permute_tokens.default, key, k_order, name="key_permuted")
+        v_permuted = build.call(_svg2.permute_tokens.default, value, k_order, name="value_permuted")
+        value_centroids = None
+        if self.policy.compensation == "centroid":
+            value_centroids = build.call(_svg2.cluster_means.default, v_permuted, k_offsets, name="value_centroids")
+
+        block_map = self._select(query_side, key_side, k_permuted, v_permuted, k_offsets, value_centroids)
+        attended = build.call(
+            _svg2.block_sparse_attention.default,
+            *(q_permuted, k_permuted, v_permuted, q_offsets, k_offsets, block_map, self.scale),
+            *((key_side.centroids, value_centroids) if value_centroids is not None else ()),
+            name="attended",
+        )
+        out_permuted, _ = build.unpack(attended, ["out_permuted", "lse"])
+        out = build.call(_svg2.unpermute_tokens.default, out_permuted, q_order, name="out")
+        density = None
+        if self.policy.collect_stats:
+            density = build.call(_svg2.block_density.default, q_offsets, k_offsets, block_map, name="density")
+        self._replace(out)
+        return SparseSite(self.site, query_side, key_side, density)
+
+    def _heads_first(self) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """Query, key and value as [B, H, N, D], in the dtype that the dense attention computes in."""
+        key = self.call.key
+        if self.call.key_transposed:
+            key = self.build.call(torch.ops.aten.transpose.int, key, -2, -1)
+        query, key, value = (self._to_bhnd(node) for node in (self.call.query, key, self.call.value))
+        # Under autocast the dense attention casts its inputs itself; its output tells to what.
+        dtype = self.build.value(self.call.node).dtype
+        query, key, value = (self._to_dtype(node, dtype) for node in (query, key, value))
+        return query, key, value
+
+    def _to_bhnd(self, node: fx.Node) -> fx.Node:
+        if self.call.axes == "bnhd":
+            return self.build.call(torch.ops.aten.transpose.int, node, 1, 2)
+        if self.call.axes == "gnd":
+            return self.build.call(torch.ops.aten.unsqueeze.default, node, 1)
+        return node
+
+    def _to_dtype(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if self.build.value(node).dtype == dtype:
+            return node
+        return self.build.call(torch.ops.aten.to.dtype, node, dtype)
+
+    def _cluster(self, role: str, tokens: fx.Node, num_clusters: Any, valid: fx.Node | None) -> Clustering:
+        """k-means over the video tokens of one side, started cold."""
+        build = self.build
+        video = build.narrow(tokens, 2, self.start, self.video_tokens)
+        if valid is not None:
+            valid = build.narrow(valid, 2, self.start, self.video_tokens)
+        shape = [build.size(video, 0), build.size(video, 1), num_clusters, build.size(video, 3)]
+        cold = build.call(
+            torch.ops.aten.new_zeros.default, video, shape, dtype=torch.float32, name=f"{role}_cold_centroids"
+        )
+        flag = build.call(torch.ops.aten.new_zeros.default, video, [], dtype=torch.bool, name=f"{role}_cold_flag")
+        extra = () if valid is None else (valid,)
+        kmeans = build.call(
+            _svg2.kmeans.default, video, cold, flag, self.policy.init_iters, *extra, name=f"{role}_kmeans"
+        )
+        outputs = build.unpack(kmeans, [f"{role}_labels", f"{role}_centroids", f"{role}_sizes"])
+        return Clustering(role, kmeans, cold, flag, *outputs)
+
+    def _order(self, role: str, labels: fx.Node, clusters: Any, valid: fx.Node | None) -> tuple[fx.Node, ...]:
+        extra = () if valid is None else (valid,)
+        ordered = self.build.call(
+            _svg2.cluster_order.default, labels, clusters, self.start, self.num_tokens, *extra, name=f"{role}_ordering"
+        )
+        return self.build.unpack(ordered, [f"{role}_order", f"{role}_offsets"])
+
+    def _select(
+        self,
+        query: Clustering,
+        key: Clustering,
+        k_permuted: fx.Node,
+        v_permuted: fx.Node,
+        k_offsets: fx.Node,
+        value_centroids: fx.Node | None,
+    ) -> fx.Node:
+        budget = (self.scale, self.policy.top_p, self.policy.min_k_ratio, self.policy.density)
+        if self.policy.routing == "error":
+            return self.build.call(
+                _svg2.select_blocks_by_error.default,
+                *(k_permuted, v_permuted, k_offsets, query.centroids, key.centroids, value_centroids, query.sizes),
+                *budget,
+                name="block_map",
+            )
+        return self.build.call(
+            _svg2.select_blocks.default,
+            *(query.centroids, key.centroids, query.sizes, key.sizes),
+            *budget,
+            name="block_map",
+        )
+
+    def _replace(self, out: fx.Node) -> None:
+        """Put ``out`` [B, H, N, D] in the place of the dense attention, in its layout and with its strides."""
+        build = self.build
+        if self.call.axes == "bnhd":
+            out = build.call(torch.ops.aten.transpose.int, out, 1, 2)
+        elif self.call.axes == "gnd":
+            out = build.call(torch.ops.aten.squeeze.dim, out, 1)
+        dense = build.value(self.call.node)
+        if dense.stride() != build.value(out).stride():
+            # Later nodes may view the output in a way that only the dense strides allow.
+            out = build.call(torch.ops.aten.contiguous.default, out)
+        self.call.node.replace_all_uses_with(out)
+        build.graph.erase_node(self.call.node)

@@ -1,0 +1,279 @@
+"""The verbs of the library: enable, disable, reset, report, explain."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from svg2_compile.backend import Svg2Backend, device_of, sessions
+from svg2_compile.clock import SchedulerClock, TimestepClock
+from svg2_compile.config import Svg2Config
+from svg2_compile.passes.graph_builder import copy_graph_module
+from svg2_compile.pipeline import ANALYSES, Compilation, run_passes
+from svg2_compile.report import GraphReport, Report, describe
+from svg2_compile.runtime import Session
+from svg2_compile.scheduler_hook import SchedulerHook
+
+__all__ = ["Enabled", "disable", "enable", "explain", "report", "reset"]
+
+_enabled: weakref.WeakKeyDictionary[Any, Enabled] = weakref.WeakKeyDictionary()
+
+
+def _dynamo_settings() -> Any:
+    """Dynamo's settings while an enabled model runs.
+
+    Some models pick the valid text tokens by a mask (nonzero); without the first setting they fall into eager pieces
+    whose attention no compiler sees. Every call of enable or explain adds a cache entry to the forward of a class:
+    with the default limit of 8 a long-lived process would silently fall back to eager.
+    """
+    limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, recompile_limit=limit)
+
+
+class Enabled:
+    """A pipeline or module that runs sparse. Also a context manager that disables at its end.
+
+    Attributes:
+        session: clock, centroids, history and compiled programs.
+        modules: the modules that were compiled.
+    """
+
+    def __init__(self, target: Any, session: Session) -> None:
+        self.session = session
+        # Weak, like all that is kept of the target here: the registry of enabled targets must not keep them alive.
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._undo: list[Callable[[], None]] = []
+        self._target = weakref.ref(target)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [module for reference in self._modules if (module := reference()) is not None]
+
+    def report(self) -> Report:
+        return _report_of([self.session])
+
+    def reset(self) -> None:
+        self.session.reset()
+
+    def disable(self) -> None:
+        """Put back exactly what was there."""
+        while self._undo:
+            self._undo.pop()()
+        target = self._target()
+        if target is not None:
+            _enabled.pop(target, None)
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+
+def enable(
+    pipe_or_module: Any,
+    regional: bool = False,
+    *,
+    scheduler: Any = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> Enabled:
+    """Compile the transformer(s) of a pipeline, or one module, in place with backend "svg2".
+
+    Args:
+        pipe_or_module: a diffusers pipeline (its transformers are compiled and its scheduler is followed), or a module.
+        regional: compile one graph for every kind of repeated block instead of one for the whole model: a shorter
+            first step.
+        scheduler: for a module, the scheduler that drives it; None watches the timestep input instead.
+        fullgraph, dynamic: as of torch.compile.
+        **options: the fields of Svg2Config.
+
+    Returns:
+        A handle with ``report()``, ``reset()`` and ``disable()``; as a context manager it disables at its end.
+
+    Raises:
+        TypeError: nothing in ``pipe_or_module`` can be compiled.
+        ValueError: an option is unknown or out of range, or ``regional`` finds no repeated blocks.
+    """
+    config = Svg2Config.from_options(options)
+    modules = _transformers(pipe_or_module)
+    disable(pipe_or_module)
+    if scheduler is None:
+        scheduler = getattr(pipe_or_module, "scheduler", None)
+    clock = SchedulerClock() if scheduler is not None else TimestepClock()
+    session = Session(config, clock)
+    enabled = Enabled(pipe_or_module, session)
+    if isinstance(clock, SchedulerClock):
+        enabled._undo.append(SchedulerHook(scheduler, clock).remove)
+    backend = Svg2Backend(config, session, regional=regional)
+    try:
+        for module in modules:
+            for part in _repeated_blocks(module) if regional else [module]:
+                _compile_in_place(part, backend, enabled, fullgraph=fullgraph, dynamic=dynamic)
+    except BaseException:
+        enabled.disable()
+        raise
+    _enabled[pipe_or_module] = enabled
+    return enabled
+
+
+def disable(pipe_or_module: Any) -> None:
+    """Undo ``enable``: put back exactly what was there. Does nothing where nothing was enabled."""
+    enabled = _enabled.get(pipe_or_module)
+    if enabled is not None:
+        enabled.disable()
+
+
+def reset(target: Any = None) -> None:
+    """Drop all centroids and begin a new video: of an enabled pipeline, a compiled module, or (None) everywhere."""
+    for session in _sessions_of(target):
+        session.reset()
+
+
+def report(target: Any = None) -> Report:
+    """What was decided and what ran: of an enabled pipeline, a compiled module, or (None) everything alive."""
+    return _report_of(_sessions_of(target))
+
+
+def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Say what the compiler would do with every attention of ``module``, without running anything sparse.
+
+    The module is traced with the given inputs, which runs it once densely.
+
+    Args:
+        module: the model, or one of its blocks.
+        *args, **kwargs: inputs of one call.
+        options: the fields of Svg2Config.
+
+    Returns:
+        A Report; ``print`` shows it as a table.
+    """
+    config = Svg2Config.from_options(options)
+    result = Report()
+    module = getattr(module, "_orig_mod", module)
+
+    def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compilation = Compilation(copy_graph_module(gm), config, device_of(gm))
+        run_passes(compilation, ANALYSES)
+        assert compilation.time_inputs is not None
+        number = len(result.graphs)
+        result.sites.extend(describe(compilation.decisions, number))
+        result.graphs.append(
+            GraphReport(
+                f"graph_{number}",
+                bool(compilation.regional),
+                compilation.time_inputs.kind,
+                dict(compilation.pass_seconds),
+            )
+        )
+        return gm.forward
+
+    counters = torch._dynamo.utils.counters["graph_break"]
+    before = dict(counters)
+    with torch.no_grad(), _dynamo_settings():
+        torch.compile(module._call_impl, backend=analyse)(*args, **kwargs)
+    result.graph_breaks = [reason for reason, count in counters.items() if count > before.get(reason, 0)]
+    return result
+
+
+def _transformers(target: Any) -> list[nn.Module]:
+    """The modules to compile: the transformers (or UNets) of a pipeline, by the names of its components."""
+    if isinstance(target, nn.Module):
+        return [getattr(target, "_orig_mod", target)]
+    components = getattr(target, "components", None)
+    if not isinstance(components, Mapping):
+        raise TypeError(
+            f"pipe_or_module: expected a torch.nn.Module or a diffusers pipeline (an object with components), "
+            f"got {type(target).__name__}"
+        )
+    found = [
+        getattr(component, "_orig_mod", component)
+        for name, component in components.items()
+        if isinstance(component, nn.Module) and ("transformer" in name or "unet" in name)
+    ]
+    if not found:
+        raise TypeError(
+            f"pipe_or_module: {type(target).__name__} has no transformer among its components {sorted(components)}"
+        )
+    return found
+
+
+def _repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """The blocks that repeat: those that a diffusers class declares, else the items of long enough ModuleLists."""
+    declared = getattr(module, "_repeated_blocks", None)
+    if declared:
+        blocks = [child for child in module.modules() if type(child).__name__ in declared]
+    else:
+        blocks = [
+            block
+            for child in module.modules()
+            if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(item) for item in child}) == 1
+            for block in child
+        ]
+        inner = {id(part) for block in blocks for part in block.modules() if part is not block}
+        blocks = [block for block in blocks if id(block) not in inner]
+    if not blocks:
+        raise ValueError(f"regional=True: {type(module).__name__} has no repeated blocks; use regional=False")
+    return blocks
+
+
+def _compile_in_place(
+    module: nn.Module, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
+) -> None:
+    """Let calls of ``module`` run compiled; ``enabled`` learns how to undo it."""
+    before = module._compiled_call_impl
+    compiled = torch.compile(module._call_impl, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+    session = enabled.session
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with session.scope.running(module), _dynamo_settings():
+            return compiled(*args, **kwargs)
+
+    module._compiled_call_impl = call  # type: ignore[assignment]
+    reference = weakref.ref(module)
+    enabled._modules.append(reference)
+
+    def undo() -> None:
+        alive = reference()
+        if alive is not None:
+            alive._compiled_call_impl = before
+
+    enabled._undo.append(undo)
+
+
+def _sessions_of(target: Any) -> list[Session]:
+    if target is None:
+        return sessions()
+    enabled = _enabled.get(target)
+    if enabled is not None:
+        return [enabled.session]
+    if not isinstance(target, nn.Module):
+        raise TypeError(
+            f"target: expected an enabled pipeline, a module, or None; got {type(target).__name__}, which is not enabled"
+        )
+    return [session for session in sessions() if _serves(session, target)]
+
+
+def _serves(session: Session, module: nn.Module) -> bool:
+    parameters = {id(parameter) for parameter in module.parameters()}
+    return any(not parameters.isdisjoint(program.layers.parameter_ids()) for program in session.programs)
+
+
+def _report_of(chosen: Sequence[Session]) -> Report:
+    result = Report()
+    for session in chosen:
+        for program in sorted(session.programs, key=lambda program: program.number):
+            result.sites.extend(program.sites)
+            result.graphs.append(program.graph_report)
+        result.runs.extend(session.history.site_records())
+        result.store_bytes += session.store.num_bytes
+        result.store_entries += session.store.num_entries
+    return result

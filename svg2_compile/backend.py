@@ -1,0 +1,189 @@
+"""The Dynamo door: ``torch.compile(model, backend="svg2")``. Registered as an entry point of torch_dynamo_backends."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from svg2_compile.config import Svg2Config
+from svg2_compile.debug import get_logger
+from svg2_compile.inner_backend import compile_inner
+from svg2_compile.passes.graph_builder import copy_graph_module, metadata_key
+from svg2_compile.pipeline import PIPELINE, Compilation, run_passes
+from svg2_compile.program import CompiledGraph, DenoisingProgram
+from svg2_compile.report import GraphReport, SiteReport, describe
+from svg2_compile.runtime import Session, TimeReader
+
+__all__ = ["Svg2Backend", "sessions", "svg2"]
+
+log = get_logger()
+
+# Every session that is alive, so that report(module) and reset(module) find those of a plainly compiled module.
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+_graph_numbers = itertools.count()
+
+
+def sessions() -> list[Session]:
+    """All sessions that are alive."""
+    return list(_sessions)
+
+
+def svg2(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph of Dynamo's: video self-attention becomes SVG2 sparse attention.
+
+    Args:
+        gm: Dynamo's torch-level graph.
+        example_inputs: its inputs.
+        mode: as of torch.compile, handed to Inductor.
+        options: the fields of Svg2Config.
+
+    Raises:
+        ValueError: an option is unknown or out of range.
+    """
+    config = Svg2Config.from_options(options)
+    if mode is not None:
+        config = dataclasses.replace(config, inductor_mode=mode)
+    session = Session(config)
+    return Svg2Backend(config, session)(gm, example_inputs)
+
+
+class Svg2Backend:
+    """A backend that compiles every graph for one session.
+
+    Args:
+        config: the options.
+        session: shared by all graphs compiled with this backend.
+        regional: whether the graphs are single layers (True), whole models (False) or to be told apart (None).
+    """
+
+    def __init__(self, config: Svg2Config, session: Session, regional: bool | None = None) -> None:
+        self.config = config
+        self.session = session
+        self.regional = regional
+        _sessions.add(session)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        name = f"graph_{next(_graph_numbers)}"
+        dense = CompiledGraph(gm, _fake_inputs(gm), self._compile_inner)
+        if _is_training(example_inputs):
+            self.session.once.warning(
+                "training",
+                "gradients are wanted: the graph stays dense. SVG2 is for inference; call the model under "
+                "torch.no_grad() or torch.inference_mode().",
+            )
+            return dense.compile(example_inputs)
+        compilation = self._analyse_and_rewrite(gm, name)
+        if compilation is None:
+            return dense.compile(example_inputs)
+        sparse = None
+        if compilation.spec is not None:
+            sparse = CompiledGraph(compilation.gm, _fake_inputs(compilation.gm), self._compile_inner)
+        program = self._program(name, compilation, dense, sparse)
+        self._compile_first(program, example_inputs)
+        return program
+
+    def _analyse_and_rewrite(self, gm: fx.GraphModule, name: str) -> Compilation | None:
+        """Run the pipeline on a copy. None, and a warning, if a pass fails: then the graph stays dense."""
+        copied = copy_graph_module(gm)
+        compilation = Compilation(copied, self.config, device_of(gm), self.regional, name=name)
+        try:
+            return run_passes(compilation, PIPELINE)
+        except Exception as error:
+            if self.config.strict:
+                raise
+            self.session.once.warning(
+                f"failed {name}",
+                "%s stays dense: a compiler pass failed with %s: %s. strict=True raises it.",
+                *(name, type(error).__name__, error),
+            )
+            log.debug("pass failure", exc_info=True)
+            return None
+
+    def _program(
+        self, name: str, c: Compilation, dense: CompiledGraph, sparse: CompiledGraph | None
+    ) -> DenoisingProgram:
+        assert c.time_inputs is not None
+        reports = describe(c.decisions)
+        program = DenoisingProgram(
+            name=name,
+            session=self.session,
+            dense=dense,
+            sparse=sparse,
+            spec=c.spec,
+            time_reader=TimeReader(c.time_inputs.kind, c.time_inputs.positions),
+            sites=reports,
+            graph_report=GraphReport(name, bool(c.regional), c.time_inputs.kind, dict(c.pass_seconds)),
+        )
+        self._say_what_stays_dense(reports)
+        return program
+
+    def _say_what_stays_dense(self, reports: Sequence[SiteReport]) -> None:
+        for report in reports:
+            if report.reason in ("cost", "short_sequence", "unknown_layout", "foreign_backend", "unreadable"):
+                self.session.once.warning(
+                    report.reason, "%s stays dense (%s): %s", report.name, report.reason, report.detail
+                )
+
+    def _compile_first(self, program: DenoisingProgram, example_inputs: Sequence[Any]) -> None:
+        """Compile while Dynamo still listens to guards and restarts; leave the rest until it is needed.
+
+        The graph that the first call runs is compiled at once. With dynamic shapes both are: a guard that the sparse
+        graph adds after Dynamo has finished would be checked by nobody.
+        """
+        dynamic = _is_dynamic(program.dense.gm)
+        dense_first = program.sparse is None or self.config.dense_steps != 0 or self.config.dense_layers != 0
+        if dense_first or program.sparse is None:
+            program.dense.compile(example_inputs)
+        if program.sparse is not None and (dynamic or not dense_first):
+            extra = _fake_inputs(program.sparse.gm)[len(example_inputs) :]
+            program.sparse.compile([*example_inputs, *extra])
+
+    def _compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        config = self.config
+        return compile_inner(
+            gm, example_inputs, config.inner_backend, config.inductor_mode, strict=config.strict
+        )
+
+
+def _fake_inputs(gm: fx.GraphModule) -> list[Any]:
+    key = metadata_key(gm.graph)
+    return [node.meta.get(key) for node in gm.graph.find_nodes(op="placeholder")]
+
+
+def _is_dynamic(gm: fx.GraphModule) -> bool:
+    """Whether any value of the graph has a symbolic size (also one that depends on data)."""
+    key = metadata_key(gm.graph)
+    for node in gm.graph.nodes:
+        value = node.meta.get(key)
+        if isinstance(value, torch.SymInt):
+            return True
+        if isinstance(value, torch.Tensor) and any(isinstance(extent, torch.SymInt) for extent in value.shape):
+            return True
+    return False
+
+
+def device_of(gm: fx.GraphModule) -> torch.device:
+    """The device that the graph computes on: an accelerator if any input is on one, else the CPU."""
+    devices = [value.device for value in _fake_inputs(gm) if isinstance(value, torch.Tensor)]
+    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+    return (accelerators or devices or [torch.device("cpu")])[0]
+
+
+def _is_training(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    )
+
+

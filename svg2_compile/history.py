@@ -1,0 +1,91 @@
+"""What ran: one record for every call of a compiled graph, bounded, readable as objects and as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["CallRecord", "RunHistory", "SiteRecord"]
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One attention in one call: density is selected (query, key) pairs / all pairs, per head; 1.0 where dense."""
+
+    site: str
+    video: int
+    step: int
+    context: int
+    layer: int
+    graph: str  # "sparse" or "dense"
+    reason: str  # why this graph: "sparse", "dense_steps", "dense_layers", "no_timestep" ...
+    iters: int  # k-means iterations; 0 where dense
+    seeded: bool  # started from the centroids of an earlier step
+    density: float | None  # mean over batch and heads; None if not collected
+    density_per_head: tuple[tuple[float, ...], ...] | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__)
+
+
+@dataclass
+class CallRecord:
+    """One call of a graph. Densities stay on their device until somebody reads them."""
+
+    sites: tuple[str, ...]
+    video: int
+    step: int
+    context: int
+    layer: int
+    graph: str
+    reason: str
+    iters: int
+    seeded: bool
+    densities: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def site_records(self) -> Iterator[SiteRecord]:
+        for site in self.sites:
+            tensor = self.densities.get(site)
+            per_head = None if tensor is None else tuple(tuple(row) for row in tensor.tolist())
+            density: float | None = 1.0 if self.graph == "dense" else None
+            if tensor is not None and tensor.numel():
+                density = float(tensor.mean())
+            yield SiteRecord(
+                *(site, self.video, self.step, self.context, self.layer, self.graph, self.reason),
+                *(self.iters, self.seeded, density, per_head),
+            )
+
+
+class RunHistory:
+    """The latest calls, oldest first."""
+
+    def __init__(self, limit: int = 100_000) -> None:
+        self._calls: deque[CallRecord] = deque(maxlen=limit)
+
+    def append(self, record: CallRecord) -> None:
+        self._calls.append(record)
+
+    def clear(self) -> None:
+        self._calls.clear()
+
+    def calls(self) -> list[CallRecord]:
+        return list(self._calls)
+
+    def site_records(self) -> list[SiteRecord]:
+        """One record per attention and call. Reads densities from the device."""
+        return [record for call in self._calls for record in call.site_records()]
+
+    def summary(self) -> dict[str, Any]:
+        """Counts by graph and the mean density of the sparse calls."""
+        records = self.site_records()
+        densities = [r.density for r in records if r.graph == "sparse" and r.density is not None]
+        return {
+            "sparse": sum(r.graph == "sparse" for r in records),
+            "dense": sum(r.graph == "dense" for r in records),
+            "mean_density": sum(densities) / len(densities) if densities else None,
+        }

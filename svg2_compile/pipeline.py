@@ -1,0 +1,126 @@
+"""The passes in their order, and the runner that times, checks and dumps them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from svg2_compile.config import Svg2Config
+from svg2_compile.debug import dump_graph, get_logger
+from svg2_compile.passes.decide_sites import Site, Skip, decide_sites
+from svg2_compile.passes.find_attention import AttentionCall, UnreadableAttention, find_attention
+from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
+from svg2_compile.passes.sparsify import SparseSite, sparsify
+from svg2_compile.passes.time_inputs import TimeInputs, find_time_inputs
+from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
+
+log = get_logger()
+
+__all__ = ["ANALYSES", "PIPELINE", "REWRITES", "Compilation", "Pass", "run_passes"]
+
+
+@dataclass
+class Compilation:
+    """What the passes hand to each other.
+
+    gm is rewritten in place; hand in a copy. regional: True if the graph is known to be one layer among many, False
+    if it is known to be a whole model, None to decide by whether the timestep enters the graph. name: for messages and
+    the folder of dumps.
+    """
+
+    gm: fx.GraphModule
+    config: Svg2Config
+    device: torch.device
+    regional: bool | None = None
+    name: str = "graph"
+    layouts: TokenLayouts | None = None
+    time_inputs: TimeInputs | None = None
+    calls: list[AttentionCall] = field(default_factory=list)
+    unreadable: list[UnreadableAttention] = field(default_factory=list)
+    decisions: list[Site | Skip] = field(default_factory=list)
+    sparse_sites: list[SparseSite] = field(default_factory=list)
+    spec: StateSpec | None = None
+    pass_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[Site]:
+        return [decision for decision in self.decisions if isinstance(decision, Site)]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named step of the pipeline. rewrites: it changes the graph, which is then checked and dumped."""
+
+    name: str
+    run: Callable[[Compilation], None]
+    rewrites: bool = False
+
+
+def _token_layout(c: Compilation) -> None:
+    c.layouts = analyse_token_layout(c.gm)
+
+
+def _find_attention(c: Compilation) -> None:
+    c.calls, c.unreadable = find_attention(c.gm)
+
+
+def _find_time_inputs(c: Compilation) -> None:
+    assert c.layouts is not None
+    c.time_inputs = find_time_inputs(c.gm, c.layouts)
+    if c.regional is None:
+        # A block compiled alone sees no timestep, and holds one or two attentions over the video.
+        c.regional = c.time_inputs.kind != "timestep" and len(c.calls) <= MOST_ATTENTIONS_OF_A_BLOCK
+
+
+def _decide_sites(c: Compilation) -> None:
+    assert c.layouts is not None
+    policy = c.config.site_policy()
+    c.decisions = decide_sites(c.calls, c.unreadable, c.layouts, policy, c.device, regional=bool(c.regional))
+
+
+def _sparsify(c: Compilation) -> None:
+    c.sparse_sites = sparsify(c.gm, c.sites, c.config.sparsity_policy())
+
+
+def _hoist_centroids(c: Compilation) -> None:
+    if c.sparse_sites:
+        c.spec = hoist_centroids(c.gm, c.sparse_sites)
+
+
+# A transformer block of an audio-video model has up to six: self, text and cross-modal attention of both streams.
+MOST_ATTENTIONS_OF_A_BLOCK = 6
+
+ANALYSES = (
+    Pass("token_layout", _token_layout),
+    Pass("find_attention", _find_attention),
+    Pass("find_time_inputs", _find_time_inputs),
+    Pass("decide_sites", _decide_sites),
+)
+REWRITES = (
+    Pass("sparsify", _sparsify, rewrites=True),
+    Pass("hoist_centroids", _hoist_centroids, rewrites=True),
+)
+PIPELINE = ANALYSES + REWRITES
+
+
+def run_passes(compilation: Compilation, passes: tuple[Pass, ...] = PIPELINE) -> Compilation:
+    """Run ``passes`` in order on ``compilation`` and return it. Rewrites are checked, and dumped if dump_dir is set."""
+    dump_dir = compilation.config.dump_dir
+    target = Path(dump_dir) / compilation.name if dump_dir else None
+    for index, step in enumerate(passes):
+        if step.rewrites:
+            dump_graph(target, index, step.name, compilation.gm, "before")
+        begin = time.perf_counter()
+        step.run(compilation)
+        compilation.pass_seconds[step.name] = time.perf_counter() - begin
+        if step.rewrites:
+            compilation.gm.graph.lint()
+            dump_graph(target, index, step.name, compilation.gm, "after")
+    log.debug("%s: seconds by pass: %s", compilation.name, compilation.pass_seconds)
+    return compilation
