@@ -1,0 +1,309 @@
+"""The domain of the token-layout analysis: where the positions of one tensor axis come from.
+
+An axis is an ordered product of *factors* (row-major: the last factor varies fastest), so that `view` can merge axes
+and split them again. A factor is a concatenation of *segments*. A segment is a run of positions that derive from one
+set of graph inputs. Example: a batch of 2 videos with 8 text tokens before 32 video tokens each, flattened together:
+
+    Axis((({hidden_states, text}: 2),), (({text}: 8), ({hidden_states}: 32)))
+
+Everything here is a pure function of values; lengths are sympy expressions and nothing is ever guarded on: two lengths
+are equal only where that can be shown. What cannot be shown becomes `UNKNOWN`, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of positions. `sources`: names of the non-parameter graph inputs that it derives from; empty = constant."""
+
+    sources: frozenset[str]
+    length: sympy.Expr
+
+
+Factor = tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """An ordered product of factors; `None` = unknown; `()` = length 1."""
+
+    factors: tuple[Factor, ...] | None
+
+    @property
+    def known(self) -> bool:
+        """Whether anything is known about the positions of this axis."""
+        return self.factors is not None
+
+    @property
+    def length(self) -> sympy.Expr | None:
+        """The number of positions; None where the axis is unknown."""
+        if self.factors is None:
+            return None
+        return sympy.Mul(*(factor_length(factor) for factor in self.factors))
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Every graph input that some position of this axis derives from; empty where the axis is unknown."""
+        return frozenset().union(*(s.sources for f in self.factors or () for s in f))
+
+
+Axes = tuple[Axis, ...]
+NO_SOURCES: frozenset[str] = frozenset()
+UNKNOWN = Axis(None)
+ONE = Axis(())
+
+
+class _Undecided(Exception):
+    """Two symbolic lengths cannot be compared without a guard."""
+
+
+def size_expr(size: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
+    """A tensor size as a sympy expression."""
+    if isinstance(size, torch.SymInt):
+        return sympy.sympify(size.node.expr)
+    return size if isinstance(size, sympy.Expr) else sympy.Integer(size)
+
+
+def same_length(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two lengths are equal for every value of their symbols (False also where that cannot be shown)."""
+    if a == b:
+        return True
+    if a.is_number and b.is_number:
+        return False
+    return _vanishes(a, b)
+
+
+@lru_cache(maxsize=4096)
+def _vanishes(a: sympy.Expr, b: sympy.Expr) -> bool:
+    return sympy.expand(a - b) == 0
+
+
+@lru_cache(maxsize=4096)
+def exact_quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+    """`a / b` where b is known to divide a, else None."""
+    if a.is_Integer and b.is_Integer:
+        return a // b if b != 0 and a % b == 0 else None
+    quotient = sympy.cancel(sympy.expand(a) / sympy.expand(b))
+    return quotient if sympy.fraction(quotient)[1] == 1 else None
+
+
+def not_less(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether `a >= b`. Raises `_Undecided` where symbols leave it open."""
+    difference = sympy.expand(a - b)
+    if difference.is_nonnegative:
+        return True
+    if difference.is_negative:
+        return False
+    raise _Undecided
+
+
+def factor_length(factor: Factor) -> sympy.Expr:
+    """The number of positions of a concatenation."""
+    return sympy.Add(*(segment.length for segment in factor))
+
+
+def make_axis(factors: Iterable[Factor]) -> Axis:
+    """The normal form: no factor of length 1, no empty segment, no two neighbours that could be one."""
+    result: list[Factor] = []
+    for factor in factors:
+        factor = _join_segments(factor)
+        if len(factor) == 1 and factor[0].length == 1:
+            continue
+        if result and len(factor) == 1 and len(result[-1]) == 1 and factor[0].sources == result[-1][0].sources:
+            outer = result.pop()[0]
+            factor = (Segment(outer.sources, outer.length * factor[0].length),)
+        result.append(factor)
+    return Axis(tuple(result))
+
+
+def _join_segments(segments: Iterable[Segment]) -> Factor:
+    result: list[Segment] = []
+    for segment in segments:
+        if segment.length == 0:
+            continue
+        if result and result[-1].sources == segment.sources:
+            segment = Segment(segment.sources, result.pop().length + segment.length)
+        result.append(segment)
+    return tuple(result)
+
+
+def single(sources: Iterable[str], length: int | torch.SymInt | sympy.Expr) -> Axis:
+    """An axis of one segment."""
+    return make_axis([(Segment(frozenset(sources), size_expr(length)),)])
+
+
+def constant(length: int | torch.SymInt | sympy.Expr) -> Axis:
+    """An axis whose positions derive from no graph input."""
+    return single(NO_SOURCES, length)
+
+
+def uniform_sources(axis: Axis) -> frozenset[str] | None:
+    """The sources of an axis without a boundary between segments; None where it has one or is unknown."""
+    if axis.factors is None or any(len(factor) != 1 for factor in axis.factors):
+        return None
+    return axis.sources
+
+
+def collapse(axis: Axis) -> Factor | None:
+    """The axis read as one concatenation; None where it is unknown or a product that has a boundary inside."""
+    if axis.factors is None:
+        return None
+    if len(axis.factors) == 1:
+        return axis.factors[0]
+    sources = uniform_sources(axis)
+    if sources is None:
+        return None
+    length = axis.length
+    assert length is not None  # the axis is known
+    return (Segment(sources, length),)
+
+
+def resample(axis: Axis, length: int | torch.SymInt | sympy.Expr) -> Axis:
+    """The axis after positions were merged, dropped, permuted or repeated: known only where there is no boundary."""
+    sources = uniform_sources(axis)
+    return UNKNOWN if sources is None else single(sources, length)
+
+
+def add_sources(axis: Axis, sources: frozenset[str]) -> Axis:
+    """The axis with `sources` added to every segment."""
+    if axis.factors is None or not sources:
+        return axis
+    return make_axis(tuple(Segment(s.sources | sources, s.length) for s in factor) for factor in axis.factors)
+
+
+def concat(axes: Sequence[Axis]) -> Axis:
+    """The concatenation of axes; products collapse to one segment first."""
+    segments: list[Segment] = []
+    for axis in axes:
+        factor = collapse(axis)
+        if factor is None:
+            return UNKNOWN
+        segments.extend(factor)
+    return make_axis([tuple(segments)])
+
+
+def tile(axis: Axis, times: int | torch.SymInt | sympy.Expr) -> Axis:
+    """The axis repeated as a whole (`repeat`): one more outer factor, which carries nothing."""
+    return UNKNOWN if axis.factors is None else make_axis([*_factors(constant(times)), *axis.factors])
+
+
+def interleave(axis: Axis, times: int | torch.SymInt | sympy.Expr) -> Axis:
+    """Every position repeated in place (`repeat_interleave`): one more inner factor, which carries nothing."""
+    return UNKNOWN if axis.factors is None else make_axis([*axis.factors, *_factors(constant(times))])
+
+
+def _factors(axis: Axis) -> tuple[Factor, ...]:
+    return axis.factors or ()
+
+
+def flip(axis: Axis) -> Axis:
+    """The axis in reverse order."""
+    return UNKNOWN if axis.factors is None else make_axis(tuple(reversed(factor)) for factor in axis.factors)
+
+
+def cut(axis: Axis, start: sympy.Expr, length: sympy.Expr) -> Axis:
+    """Positions `start .. start + length` of the axis."""
+    total = axis.length
+    if axis.factors is None or total is None:
+        return UNKNOWN
+    if start == 0 and same_length(length, total):
+        return axis
+    sources = uniform_sources(axis)
+    if sources is not None:
+        return single(sources, length)
+    inner = sympy.Mul(*(factor_length(factor) for factor in axis.factors[1:]))
+    outer_start, outer_length = exact_quotient(start, inner), exact_quotient(length, inner)
+    if outer_start is None or outer_length is None:
+        return UNKNOWN
+    try:
+        first = _cut_factor(axis.factors[0], outer_start, outer_length)
+    except _Undecided:
+        return UNKNOWN
+    return make_axis([first, *axis.factors[1:]])
+
+
+def _cut_factor(factor: Factor, start: sympy.Expr, length: sympy.Expr) -> Factor:
+    result = []
+    begin, stop = sympy.Integer(0), start + length
+    for segment in factor:
+        end = begin + segment.length
+        low = begin if not_less(begin, start) else start
+        high = end if not_less(stop, end) else stop
+        if not_less(high, low):
+            result.append(Segment(segment.sources, sympy.expand(high - low)))
+        begin = end
+    return tuple(result)
+
+
+def union(a: Axis, b: Axis) -> Axis:
+    """Position i of the result derives from position i of both axes (which have the same length)."""
+    if a == b:
+        return a
+    if a.factors is None or b.factors is None:
+        return UNKNOWN
+    for one, other in ((a, b), (b, a)):
+        if len(other.factors or ()) == 1 and len(_factors(other)[0]) == 1:
+            return add_sources(one, other.sources)
+    try:
+        return make_axis(_union_products(deque(a.factors), deque(b.factors)))
+    except _Undecided:
+        return UNKNOWN
+
+
+def _union_products(left: deque[Factor], right: deque[Factor]) -> list[Factor]:
+    result = []
+    while left and right:
+        f, g = left.popleft(), right.popleft()
+        f_length, g_length = factor_length(f), factor_length(g)
+        if not same_length(f_length, g_length):
+            if exact_quotient(f_length, g_length) is None:
+                f, g, left, right = g, f, right, left
+            f, rest = _split_factor(f, factor_length(g))
+            left.appendleft(rest)
+        result.append(_union_segments(deque(f), deque(g)))
+    if left or right:
+        raise _Undecided
+    return result
+
+
+def _split_factor(factor: Factor, outer: sympy.Expr) -> tuple[Factor, Factor]:
+    """A factor of one segment as a product `outer x rest`. Raises `_Undecided` for a concatenation."""
+    rest = exact_quotient(factor_length(factor), outer)
+    if rest is None or len(factor) != 1:
+        raise _Undecided
+    return (Segment(factor[0].sources, outer),), (Segment(factor[0].sources, rest),)
+
+
+def _union_segments(left: deque[Segment], right: deque[Segment]) -> Factor:
+    result = []
+    while left and right:
+        a, b = left.popleft(), right.popleft()
+        if same_length(a.length, b.length):
+            shared = a.length
+        elif not_less(a.length, b.length):
+            shared = b.length
+            left.appendleft(Segment(a.sources, sympy.expand(a.length - shared)))
+        else:
+            shared = a.length
+            right.appendleft(Segment(b.sources, sympy.expand(b.length - shared)))
+        result.append(Segment(a.sources | b.sources, shared))
+    if left or right:
+        raise _Undecided
+    return tuple(result)
+
+
+def union_all(axes: Iterable[Axis]) -> Axis:
+    """The union of any number of axes of the same length; `ONE` for none."""
+    result: Axis | None = None
+    for axis in axes:
+        result = axis if result is None else union(result, axis)
+    return ONE if result is None else result

@@ -1,0 +1,268 @@
+"""Runs a graph on fake tensors under `LayoutMode`: placeholders, nodes and metadata on one side, axes on the other.
+
+Speed: the layers of a transformer are the same computation on the same abstract values. Tensors are therefore
+*shared*: all those with equal metadata and equal axes are one fake tensor, and a node with the arguments of an earlier
+node takes its result. The cost of a graph is that of its distinct nodes. A graph that writes in place to such a value
+runs once more, without sharing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from svg2_compile.passes.axes import Axes, single, size_expr
+from svg2_compile.passes.layout_mode import AttentionAxes, LayoutMode, SharedValueWritten
+from svg2_compile.passes.op_call import constant_axes, fit, sizes_of, unknown_axes
+
+log = logging.getLogger(__name__)
+
+_SCALAR = (int, float, bool, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+_AUTOCAST_ENTER = torch.amp.autocast_mode._enter_autocast
+_AUTOCAST_EXIT = torch.amp.autocast_mode._exit_autocast
+_WITHOUT_RESULT = ("_set_grad_enabled", "_enter_inference", "_exit_inference", "_check", "_assert", "sym_constrain")
+
+
+@dataclass(slots=True)
+class Interpretation:
+    """Axes and sizes of every node's tensor, attentions met, non-parameter inputs, operators without a rule."""
+
+    axes: dict[fx.Node, Axes] = field(default_factory=dict)
+    sizes: dict[fx.Node, list[sympy.Expr]] = field(default_factory=dict)
+    attentions: list[AttentionAxes] = field(default_factory=list)
+    inputs: frozenset[str] = frozenset()
+    unruled_ops: Counter[str] = field(default_factory=Counter)
+
+
+def interpret(gm: fx.GraphModule, parameters: Collection[str] | None) -> Interpretation:
+    """Interprets `gm` abstractly. Raises ValueError where a placeholder has no metadata."""
+    try:
+        return _Interpreter(gm, parameters, share=True).interpretation()
+    except SharedValueWritten:
+        return _Interpreter(gm, parameters, share=False).interpretation()
+
+
+def node_value(node: fx.Node) -> Any:
+    """The example value of a node: a fake tensor, a symbolic number, a tuple of them, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a placeholder is a parameter, buffer or other attribute of a module, by its metadata."""
+    if isinstance(node_value(node), (torch.nn.Parameter, torch.nn.Buffer)):
+        return True
+    source = getattr(node, "_dynamo_source", None)
+    if source is not None:
+        guard_source = source.guard_source() if callable(source.guard_source) else source.guard_source
+        return guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
+    if "example_value" in node.meta:
+        return "_parameters_" in node.name or "_buffers_" in node.name
+    return node.name.startswith(("p_", "b_", "c_"))
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
+    """The fake mode of the graph's metadata; a new one where no node has a tensor."""
+    for node in gm.graph.nodes:
+        for value in tree_leaves(node_value(node)):
+            mode = getattr(value, "fake_mode", None)
+            if isinstance(value, torch.Tensor) and mode is not None:
+                return mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class _Unshared(Exception):
+    """An argument cannot be part of a key."""
+
+
+class _Interpreter:
+    def __init__(self, gm: fx.GraphModule, parameters: Collection[str] | None, share: bool) -> None:
+        self._gm = gm
+        self._parameters = parameters
+        self._share = share
+        self._mode = LayoutMode()
+        self._fake_mode = fake_mode_of(gm)
+        self._env: dict[fx.Node, Any] = {}
+        self._shared: dict[Any, torch.Tensor] = {}
+        self._results: dict[Any, Any] = {}
+        self._autocasts: list[tuple[Any, Any]] = []
+        self._found = Interpretation(unruled_ops=self._mode.unruled_ops)
+
+    def interpretation(self) -> Interpretation:
+        """Runs the graph."""
+        with self._contexts():
+            for node in self._gm.graph.nodes:
+                if node.op != "output":
+                    self._env[node] = self._run_node(node)
+        self._found.attentions = list(self._mode.attentions)
+        return self._found
+
+    @contextlib.contextmanager
+    def _contexts(self) -> Iterator[None]:
+        shape_env = self._fake_mode.shape_env
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if shape_env is not None:
+                stack.enter_context(shape_env.suppress_guards())
+                stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
+            stack.enter_context(self._fake_mode)
+            stack.enter_context(self._mode)
+            try:
+                yield
+            finally:
+                while self._autocasts:
+                    _AUTOCAST_EXIT(self._autocasts.pop()[0])
+
+    def _run_node(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            result = self._placeholder(node)
+        elif node.op == "get_attr":
+            result = self._attribute(str(node.target))
+        else:
+            result = self._call(node)
+        if isinstance(result, torch.Tensor):
+            self._found.axes[node] = self._mode.axes_of(result)
+            self._found.sizes[node] = sizes_of(result)
+        return result
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        if "example_value" not in node.meta and "val" not in node.meta:
+            raise ValueError(
+                f"placeholder {node.name!r} of the graph has no fake-tensor metadata (`example_value` or `val`): pass "
+                "a graph from torch.compile or torch.export, or run torch.fx.passes.fake_tensor_prop.FakeTensorProp first"
+            )
+        value = node_value(node)
+        constant = is_parameter(node) if self._parameters is None else node.name in self._parameters
+        if not constant:
+            self._found.inputs |= {node.name}
+        if not isinstance(value, torch.Tensor):
+            return value
+        axes = constant_axes(value) if constant else tuple(single({node.name}, size) for size in value.shape)
+        return self._fresh(value, axes)
+
+    def _attribute(self, target: str) -> Any:
+        value: Any = self._gm
+        for name in target.split("."):
+            value = getattr(value, name)
+        return self._fresh(value, constant_axes(value)) if isinstance(value, torch.Tensor) else value
+
+    def _fresh(self, like: torch.Tensor, axes: Axes) -> torch.Tensor:
+        """A new fake tensor with the metadata of `like`: in-place operators must not touch that of the graph."""
+        tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+        self._mode.set_axes(tensor, axes)
+        return self._shared_tensor(tensor) if self._share else tensor
+
+    def _call(self, node: fx.Node) -> Any:
+        value = node_value(node)
+        if isinstance(value, _SCALAR):
+            return value  # the symbols of the graph itself, where running the node could make new ones
+        name = getattr(node.target, "__name__", str(node.target))
+        if name.startswith(_WITHOUT_RESULT) and not node.users:
+            return None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._env.__getitem__)
+        if node.target is operator.getitem and not isinstance(args[0], torch.Tensor):
+            return args[0][args[1]]
+        if node.target is _AUTOCAST_ENTER:
+            self._autocasts.append((_AUTOCAST_ENTER(*args), args))
+            return self._autocasts[-1][0]
+        if node.target is _AUTOCAST_EXIT:
+            self._autocasts = [entry for entry in self._autocasts if entry[0] is not args[0]]
+            return _AUTOCAST_EXIT(*args)
+        if isinstance(node.target, HigherOrderOperator) or node.op == "call_module":
+            return self._from_metadata(node, name)
+        return self._compute(node, args, kwargs)
+
+    def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = self._key(node, args, kwargs)
+        if key is not None and key in self._results:
+            return self._results[key]
+        self._mode.data_dependent = False
+        try:
+            if node.op == "call_method":
+                result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                assert callable(node.target)
+                result = node.target(*args, **kwargs)
+        except SharedValueWritten:
+            raise
+        except Exception as error:  # noqa: BLE001  (whatever fails on fake tensors must not break a compile)
+            log.debug("node %s failed in the token-layout analysis: %s", node.name, error)
+            return self._from_metadata(node, f"{node.target} ({type(error).__name__})")
+        if self._mode.data_dependent:
+            return self._with_symbols_of_graph(node, result)
+        if key is not None:
+            result = tree_map(self._shared_tensor, result)
+            self._results[key] = result
+        return result
+
+    def _key(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._share:
+            return None
+        try:
+            state = tuple(_key_of(entry[1]) for entry in self._autocasts)
+            key = (node.op, node.target, _key_of(args), _key_of(kwargs), state)
+            hash(key)
+        except (_Unshared, TypeError):
+            return None
+        return key
+
+    def _shared_tensor(self, tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor) or self._mode.is_shared(tensor):
+            return tensor
+        strides = tuple(size_expr(stride) for stride in tensor.stride())
+        conjugate = tensor.dtype.is_complex and tensor.is_conj()
+        axes = self._mode.axes_of(tensor)
+        key = (tuple(sizes_of(tensor)), strides, tensor.dtype, tensor.device, conjugate, axes)
+        if key not in self._shared:
+            self._mode.share(tensor)
+            self._shared[key] = tensor
+        return self._shared[key]
+
+    def _from_metadata(self, node: fx.Node, name: str) -> Any:
+        """What the metadata says that the node yields, with unknown axes."""
+        value = node_value(node)
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            self._found.unruled_ops[name] += 1
+        return tree_map(lambda v: self._fresh(v, unknown_axes(v)) if isinstance(v, torch.Tensor) else v, value)
+
+    def _with_symbols_of_graph(self, node: fx.Node, result: Any) -> Any:
+        """A result of data-dependent size has new symbols; the nodes after it know those of the graph's metadata."""
+        leaves, spec = tree_flatten(result)
+        known = tree_leaves(node_value(node))
+        if len(known) != len(leaves):
+            return self._from_metadata(node, f"{node.target} (metadata)")
+        for index, (leaf, like) in enumerate(zip(leaves, known, strict=True)):
+            if isinstance(leaf, torch.Tensor) and isinstance(like, torch.Tensor):
+                axes = zip(self._mode.axes_of(leaf), sizes_of(leaf), sizes_of(like), strict=True)
+                leaves[index] = self._fresh(like, tuple(a if old == new else fit(a, new) for a, old, new in axes))
+            else:
+                leaves[index] = like
+        return tree_unflatten(leaves, spec)
+
+
+def _key_of(value: Any) -> Any:
+    """A hashable stand-in for an argument. Raises `_Unshared` for one that only its identity distinguishes."""
+    if isinstance(value, torch.Tensor):
+        if not LayoutMode.is_shared(value):
+            raise _Unshared
+        return ("tensor", id(value))
+    if isinstance(value, (list, tuple)):
+        return (type(value), *(_key_of(item) for item in value))
+    if isinstance(value, dict):
+        return (dict, *((name, _key_of(item)) for name, item in value.items()))
+    if isinstance(value, slice):
+        return (slice, _key_of(value.start), _key_of(value.stop), _key_of(value.step))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return (type(value), value.node.expr)
+    return (type(value), value)

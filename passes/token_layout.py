@@ -1,0 +1,62 @@
+"""Analysis: where the positions of every axis of every tensor in a graph come from.
+
+An abstract interpretation: the graph runs on fresh fake tensors (no data, no gradients) under a dispatch mode that
+carries `axes.Axis` values by the rules of `layout_rules`. Because it works at the dispatcher, it serves Dynamo's
+torch-level graphs and ATen graphs of torch.export alike, also inside a Dynamo backend call.
+
+    hidden_states [1, 4, 2, 16, 16] -> conv3d -> flatten -> transpose -> linear -> query
+    the token axis of query: one segment of 128 positions that derive from {hidden_states}
+
+Guarantees: graph and metadata are not changed, no guard is added, symbolic lengths stay symbolic, and an operator
+without a rule makes its outputs unknown (and is counted) instead of guessing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from svg2_compile.passes.axes import Axes, Factor, collapse
+from svg2_compile.passes.latent_inputs import latent_of_attentions, latent_of_outputs
+from svg2_compile.passes.layout_interpreter import interpret
+from svg2_compile.passes.layout_mode import AttentionAxes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayouts:
+    """The result of the analysis.
+
+    `latent`: the input whose positions are the video's. `inputs`: the placeholders that are no parameters or buffers.
+    `attentions`: token axes of every attention met. `unruled_ops`: how often an operator without a rule was met.
+    """
+
+    axes: dict[fx.Node, Axes]
+    latent: frozenset[str]
+    inputs: frozenset[str]
+    attentions: tuple[AttentionAxes, ...]
+    unruled_ops: Counter[str] = field(default_factory=Counter)
+
+    def of(self, node: fx.Node) -> Axes | None:
+        """The axes of the tensor that `node` yields; None where it yields no tensor."""
+        return self.axes.get(node)
+
+    def segments(self, node: fx.Node, dim: int) -> Factor | None:
+        """Axis `dim` of the tensor of `node` as one concatenation; None where that is unknown or not expressible."""
+        axes = self.axes.get(node)
+        return None if axes is None else collapse(axes[dim])
+
+
+def analyse_token_layout(gm: fx.GraphModule, parameters: Collection[str] | None = None) -> TokenLayouts:
+    """Finds where the positions of every axis come from.
+
+    `gm`: a graph with fake-tensor metadata (`example_value` of Dynamo, `val` of torch.export). `parameters`: names of
+    the placeholders that are parameters, buffers or constants; by default they are recognised by their metadata, in
+    graphs of torch.export by the prefixes that it gives (`p_`, `b_`, `c_`): pass them from the graph signature where
+    there is one. Raises ValueError where a placeholder has no metadata.
+    """
+    found = interpret(gm, parameters)
+    latent = latent_of_outputs(gm, found) or latent_of_attentions(found)
+    return TokenLayouts(found.axes, latent, found.inputs, tuple(found.attentions), found.unruled_ops)
