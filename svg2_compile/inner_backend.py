@@ -163,5 +163,5 @@ def _lookup(name: str) -> Callable[..., Any]:
     try:
         return cast(Callable[..., Any], lookup_backend(name))
     except InvalidBackend:
-        known = ", ".join(sorted(set(list_backends(exclude_tags=())) - {"svg2"}))
+        known = ", ".join(sorted(set(list_backends()) - {"svg2"}))
         raise ValueError(f"inner_backend={name!r} is not a backend of torch.compile. Valid: {known}.") from None

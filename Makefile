@@ -1,0 +1,47 @@
+# Needs Python 3.10 or later (with venv) and make; everything else is installed into .venv.
+#   make demo    a video transformer, dense and sparse, side by side
+#   make test    lint, types and the whole test suite
+#   make lint    ruff and mypy alone
+#   make bench   the CPU benchmarks; results in bench/results/
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS := test,diffusers,plots
+# Models in tests and demo are built from configurations: nothing is to be fetched at run time.
+RUN    := HF_HUB_OFFLINE=1 $(BIN)/python
+
+.PHONY: demo test lint types unit bench install clean
+.DEFAULT_GOAL := test
+
+# Installed once, and again when what is to be installed has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or later is needed; set PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]' --constraint constraints.txt
+	@touch $(STAMP)
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) -m svg2_compile.cli demo
+
+test: lint unit
+
+lint: types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/python .ci/typecheck.py
+
+unit: lint
+	$(RUN) -m pytest
+
+bench: $(STAMP)
+	$(RUN) -m bench
+
+clean:
+	rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
