@@ -19,6 +19,7 @@ from functools import lru_cache
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,19 @@ class _Undecided(Exception):
 
 
 def size_expr(size: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
-    """A tensor size as a sympy expression."""
+    """A tensor size as a sympy expression, with floor divisions that leave no remainder carried out."""
     if isinstance(size, torch.SymInt):
-        return sympy.sympify(size.node.expr)
+        return _divided(size.node.expr)
     return size if isinstance(size, sympy.Expr) else sympy.Integer(size)
+
+
+@lru_cache(maxsize=4096)
+def _divided(expr: sympy.Expr) -> sympy.Expr:
+    def divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+        quotient = exact_quotient(a, b)
+        return FloorDiv(a, b) if quotient is None else quotient
+
+    return expr.replace(FloorDiv, divide) if expr.has(FloorDiv) else expr
 
 
 def same_length(a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -79,12 +89,12 @@ def same_length(a: sympy.Expr, b: sympy.Expr) -> bool:
         return True
     if a.is_number and b.is_number:
         return False
-    return _vanishes(a, b)
+    return bool(_vanishes(a, b))
 
 
 @lru_cache(maxsize=4096)
 def _vanishes(a: sympy.Expr, b: sympy.Expr) -> bool:
-    return sympy.expand(a - b) == 0
+    return bool(sympy.expand(a - b) == 0)
 
 
 @lru_cache(maxsize=4096)

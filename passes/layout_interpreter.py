@@ -20,7 +20,7 @@ import sympy
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from svg2_compile.passes.axes import Axes, single, size_expr
@@ -66,7 +66,7 @@ def is_parameter(node: fx.Node) -> bool:
     source = getattr(node, "_dynamo_source", None)
     if source is not None:
         guard_source = source.guard_source() if callable(source.guard_source) else source.guard_source
-        return guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
+        return bool(guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module())
     if "example_value" in node.meta:
         return "_parameters_" in node.name or "_buffers_" in node.name
     return node.name.startswith(("p_", "b_", "c_"))
@@ -76,9 +76,8 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     """The fake mode of the graph's metadata; a new one where no node has a tensor."""
     for node in gm.graph.nodes:
         for value in tree_leaves(node_value(node)):
-            mode = getattr(value, "fake_mode", None)
-            if isinstance(value, torch.Tensor) and mode is not None:
-                return mode
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -140,7 +139,7 @@ class _Interpreter:
         if "example_value" not in node.meta and "val" not in node.meta:
             raise ValueError(
                 f"placeholder {node.name!r} of the graph has no fake-tensor metadata (`example_value` or `val`): pass "
-                "a graph from torch.compile or torch.export, or run torch.fx.passes.fake_tensor_prop.FakeTensorProp first"
+                "a graph from torch.compile or torch.export, or run FakeTensorProp on it first"
             )
         value = node_value(node)
         constant = is_parameter(node) if self._parameters is None else node.name in self._parameters
@@ -170,7 +169,8 @@ class _Interpreter:
         name = getattr(node.target, "__name__", str(node.target))
         if name.startswith(_WITHOUT_RESULT) and not node.users:
             return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._env.__getitem__)
+        args: tuple[Any, ...] = tuple(fx.node.map_arg(argument, self._env.__getitem__) for argument in node.args)
+        kwargs: dict[str, Any] = {k: fx.node.map_arg(v, self._env.__getitem__) for k, v in node.kwargs.items()}
         if node.target is operator.getitem and not isinstance(args[0], torch.Tensor):
             return args[0][args[1]]
         if node.target is _AUTOCAST_ENTER:

@@ -72,10 +72,16 @@ class LayoutMode(TorchDispatchMode):
         if axes is None:
             return unknown_axes(tensor) if isinstance(tensor, FakeTensor) else constant_axes(tensor)
         if self._generation and self._generation.get(_storage(tensor), 0) != getattr(tensor, _STAMP, 0):
-            origin = getattr(tensor, _ORIGIN, None)
-            rule = rule_for(origin.call.func) if origin is not None else None
-            return rule(origin.call)[_position(tensor, origin.call.outputs)] if rule else unknown_axes(tensor)
+            return self._derive_again(tensor)
         return axes
+
+    def _derive_again(self, tensor: torch.Tensor) -> Axes:
+        """The axes of a tensor whose memory was written through another tensor."""
+        origin: _Origin | None = getattr(tensor, _ORIGIN, None)
+        rule = None if origin is None else rule_for(origin.call.func)
+        if origin is None or rule is None:
+            return unknown_axes(tensor)
+        return rule(origin.call)[_position(tensor, origin.call.outputs)]
 
     def set_axes(self, tensor: torch.Tensor, axes: Axes) -> None:
         """Gives a tensor its axes."""
@@ -90,7 +96,7 @@ class LayoutMode(TorchDispatchMode):
     @staticmethod
     def is_shared(tensor: torch.Tensor) -> bool:
         """Whether `share` was called for this tensor."""
-        return getattr(tensor, _SHARED, False)
+        return bool(getattr(tensor, _SHARED, False))
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -140,7 +146,7 @@ class LayoutMode(TorchDispatchMode):
             found = [axis for mask in masks if isinstance(mask, torch.Tensor) for axis in self.axes_of(mask)]
             self.note_attention(call.axes("query")[token], call.axes("key")[token], found)
         elif packet in SOFTMAX_PACKETS and len(call.axes("self")) >= 3:
-            self.note_attention(*call.axes("self")[-2:], [])
+            self.note_attention(call.axes("self")[-2], call.axes("self")[-1], [])
 
     def note_attention(self, query: Axis, key: Axis, mask: list[Axis]) -> None:
         """Records the token axes of an attention."""

@@ -265,5 +265,6 @@ def rule_for(func: OpOverload) -> Rule | None:
         return pointwise
     namespace, _, name = func._schema.name.partition("::")
     if namespace == "aten" and name.endswith("_"):
-        return RULES.get(getattr(torch.ops.aten, name[:-1], None))
+        twins = packets(name[:-1])
+        return RULES.get(twins[0]) if twins else None
     return None

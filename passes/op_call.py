@@ -36,7 +36,7 @@ class OpCall:
     def dim(self, name: str = "dim", of: str = "self") -> int:
         """The dimension argument `name` counted from the front of the tensor argument `of`."""
         rank = max(self.args[of].dim(), 1)
-        return int(self.args[name]) % rank
+        return int(int(self.args[name]) % rank)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All tensor arguments, those inside lists too."""
