@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +53,7 @@ def svg2(
     """
     config = Svg2Config.from_options(options)
     if mode is not None:
-        config = dataclasses.replace(config, inductor_mode=mode)
+        config = config.replace(inductor_mode=mode)
     session = Session(config)
     return Svg2Backend(config, session)(gm, example_inputs)
 
