@@ -78,6 +78,8 @@ class Svg2Config:
         for item in fields(self):
             parsed = parse_value(item.name, getattr(self, item.name))
             object.__setattr__(self, item.name, parsed)
+        if self.preset is not None:
+            object.__setattr__(self, "preset", load_preset(self.preset).name)
         if self.routing == "error" and self.compensation != "centroid":
             raise ConfigError(
                 f"routing='error' minimises the error of compensation, but compensation={self.compensation!r}. "

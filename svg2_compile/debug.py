@@ -30,13 +30,16 @@ def get_logger(name: str = ROOT) -> logging.Logger:
 
 
 class Lazy:
-    """Text that is made only if it is shown: ``log.debug("%s", Lazy(lambda: table(report)))``."""
+    """Text that is made only if it is shown, and then once: ``log.debug("%s", Lazy(lambda: table(report)))``."""
 
     def __init__(self, make: Callable[[], object]) -> None:
         self._make = make
+        self._text: str | None = None
 
     def __str__(self) -> str:
-        return str(self._make())
+        if self._text is None:
+            self._text = str(self._make())
+        return self._text
 
 
 class Once:

@@ -139,7 +139,7 @@ def compile_inner(
     backend_name = resolve_inner_backend(backend_name, _device_of(example_inputs), strict=strict)
     if backend_name == "svg2":
         raise ValueError(
-            "inner_backend='svg2' would compile a graph with itself forever. Valid: 'inductor', 'eager' ..."
+            "inner_backend='svg2' names this compiler itself. Valid: 'inductor', 'eager' ..."
         )
     if backend_name == "inductor":
         from torch._inductor import list_mode_options
@@ -163,5 +163,6 @@ def _lookup(name: str) -> Callable[..., Any]:
     try:
         return cast(Callable[..., Any], lookup_backend(name))
     except InvalidBackend:
-        known = ", ".join(sorted(set(list_backends()) - {"svg2"}))
+        # PyTorch leaves the two eager ones out of its list, as aids for debugging.
+        known = ", ".join(sorted({*list_backends(), "eager", "aot_eager"} - {"svg2"}))
         raise ValueError(f"inner_backend={name!r} is not a backend of torch.compile. Valid: {known}.") from None

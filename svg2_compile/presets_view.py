@@ -31,7 +31,15 @@ def as_dict(preset: Preset) -> dict[str, Any]:
 def overview(presets: Sequence[Preset]) -> Table:
     """One row for each preset, in at most 80 columns."""
     caption = "dense: steps and layers at the start that stay dense; skipped: what becomes of clusters not selected"
-    table = Table(title="presets", title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="presets",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     table.add_column("name", no_wrap=True)
     table.add_column("status", no_wrap=True)
     for header in ("top_p", "clusters", "dense", "skipped"):

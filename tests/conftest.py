@@ -1,0 +1,28 @@
+"""What all tests share: no network, no GPU tests without a GPU, no compiled code that outlives its test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before diffusers is imported: models are built from configurations, nothing is to be fetched.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Dynamo's caches are per process: without this, recompile limits of one test would reach the next."""
+    yield
+    torch._dynamo.reset()
