@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from svg2_compile.passes.axes import Axes, Factor, collapse
-from svg2_compile.passes.latent_inputs import latent_of_attentions, latent_of_outputs
+from svg2_compile.passes.latent_inputs import find_latent
 from svg2_compile.passes.layout_interpreter import interpret
 from svg2_compile.passes.layout_mode import AttentionAxes
 
@@ -58,5 +58,5 @@ def analyse_token_layout(gm: fx.GraphModule, parameters: Collection[str] | None 
     there is one. Raises ValueError where a placeholder has no metadata.
     """
     found = interpret(gm, parameters)
-    latent = latent_of_outputs(gm, found) or latent_of_attentions(found)
+    latent = find_latent(gm, found)
     return TokenLayouts(found.axes, latent, found.inputs, tuple(found.attentions), found.unruled_ops)
