@@ -115,9 +115,11 @@ def enable(
         enabled._undo.append(SchedulerHook(scheduler, clock).remove)
     backend = Svg2Backend(config, session, regional=regional)
     try:
-        for module in modules:
-            for part in _repeated_blocks(module) if regional else [module]:
-                _compile_in_place(part, backend, enabled, fullgraph=fullgraph, dynamic=dynamic)
+        for name, module in modules.items():
+            parts = _repeated_blocks(module) if regional else {"": module}
+            for path, part in parts.items():
+                label = ".".join(filter(None, (name, path)))
+                _compile_in_place(part, label, backend, enabled, fullgraph=fullgraph, dynamic=dynamic)
     except BaseException:
         enabled.disable()
         raise
@@ -184,49 +186,49 @@ def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = N
     return result
 
 
-def _transformers(target: Any) -> list[nn.Module]:
-    """The modules to compile: the transformers (or UNets) of a pipeline, by the names of its components."""
+def _transformers(target: Any) -> dict[str, nn.Module]:
+    """The modules to compile, by name: the transformers (or UNets) of a pipeline. A single one needs no name."""
     if isinstance(target, nn.Module):
-        return [getattr(target, "_orig_mod", target)]
+        return {"": getattr(target, "_orig_mod", target)}
     components = getattr(target, "components", None)
     if not isinstance(components, Mapping):
         raise TypeError(
             f"pipe_or_module: expected a torch.nn.Module or a diffusers pipeline (an object with components), "
             f"got {type(target).__name__}"
         )
-    found = [
-        getattr(component, "_orig_mod", component)
+    found = {
+        name: getattr(component, "_orig_mod", component)
         for name, component in components.items()
         if isinstance(component, nn.Module) and ("transformer" in name or "unet" in name)
-    ]
+    }
     if not found:
         raise TypeError(
             f"pipe_or_module: {type(target).__name__} has no transformer among its components {sorted(components)}"
         )
-    return found
+    return found if len(found) > 1 else {"": module for module in found.values()}
 
 
-def _repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks that repeat: those that a diffusers class declares, else the items of long enough ModuleLists."""
+def _repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that repeat, by path: those that a diffusers class declares, else the items of longer ModuleLists."""
     declared = getattr(module, "_repeated_blocks", None)
     if declared:
-        blocks = [child for child in module.modules() if type(child).__name__ in declared]
+        blocks = {path: child for path, child in module.named_modules() if type(child).__name__ in declared}
     else:
-        blocks = [
-            block
-            for child in module.modules()
+        blocks = {
+            f"{path}.{index}": block
+            for path, child in module.named_modules()
             if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(item) for item in child}) == 1
-            for block in child
-        ]
-        inner = {id(part) for block in blocks for part in block.modules() if part is not block}
-        blocks = [block for block in blocks if id(block) not in inner]
+            for index, block in enumerate(child)
+        }
+        inner = {id(part) for block in blocks.values() for part in block.modules() if part is not block}
+        blocks = {path: block for path, block in blocks.items() if id(block) not in inner}
     if not blocks:
         raise ValueError(f"regional=True: {type(module).__name__} has no repeated blocks; use regional=False")
     return blocks
 
 
 def _compile_in_place(
-    module: nn.Module, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
+    module: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
 ) -> None:
     """Let calls of ``module`` run compiled; ``enabled`` learns how to undo it."""
     before = module._compiled_call_impl
@@ -234,7 +236,7 @@ def _compile_in_place(
     session = enabled.session
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with session.scope.running(module), _dynamo_settings():
+        with session.scope.running(module, label), _dynamo_settings():
             return compiled(*args, **kwargs)
 
     module._compiled_call_impl = call  # type: ignore[assignment]
@@ -271,7 +273,7 @@ def _report_of(chosen: Sequence[Session]) -> Report:
     result = Report()
     for session in chosen:
         for program in sorted(session.programs, key=lambda program: program.number):
-            result.sites.extend(program.sites)
+            result.sites.extend(program.site_reports())
             result.graphs.append(program.graph_report)
         result.runs.extend(session.history.site_records())
         result.store_bytes += session.store.num_bytes

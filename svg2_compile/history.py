@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CallRecord", "RunHistory", "SiteRecord"]
+__all__ = ["CallRecord", "RunHistory", "SiteRecord", "qualified"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class CallRecord:
     iters: int
     seeded: bool
     densities: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    label: str = ""
 
     def site_records(self) -> Iterator[SiteRecord]:
         for site in self.sites:
@@ -56,9 +57,14 @@ class CallRecord:
             if tensor is not None and tensor.numel():
                 density = float(tensor.mean())
             yield SiteRecord(
-                *(site, self.video, self.step, self.context, self.layer, self.graph, self.reason),
+                *(qualified(self.label, site), self.video, self.step, self.context, self.layer, self.graph, self.reason),
                 *(self.iters, self.seeded, density, per_head),
             )
+
+
+def qualified(label: str, site: str) -> str:
+    """The path of an attention whose layer was compiled alone: "blocks.3" and "attn1" make "blocks.3.attn1"."""
+    return f"{label}.{site}" if label else site
 
 
 class RunHistory:

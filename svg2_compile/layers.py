@@ -22,13 +22,33 @@ class Layer:
     """Stands for the weights of one call. Dies with them.
 
     ordinal: position among the layers that the same graph served in the model call in which this one was first met.
+    label: module path of the layer, such as "blocks.3"; empty where nobody said.
     """
 
-    __slots__ = ("__weakref__", "_references", "ordinal")
+    __slots__ = ("__weakref__", "_references", "label", "ordinal")
 
-    def __init__(self, ordinal: int) -> None:
+    def __init__(self, ordinal: int, label: str = "") -> None:
         self.ordinal = ordinal
+        self.label = label
         self._references: list[weakref.ref[Any]] = []
+
+
+class ModuleScope:
+    """The module that is being run, for callers that know it. Nested scopes restore what was there."""
+
+    def __init__(self) -> None:
+        self.module: torch.nn.Module | None = None
+        self.label = ""
+
+    @contextlib.contextmanager
+    def running(self, module: torch.nn.Module, label: str = "") -> Iterator[None]:
+        """While inside, calls belong to ``module``, whose path is ``label``."""
+        before = self.module, self.label
+        self.module, self.label = module, label
+        try:
+            yield
+        finally:
+            self.module, self.label = before
 
 
 class LayerTable:
@@ -42,18 +62,18 @@ class LayerTable:
         self._model_call: Any = None
         self.most_in_model_call = 0
 
-    def find(self, args: Sequence[Any], module: torch.nn.Module | None, model_call: Any) -> Layer:
+    def find(self, args: Sequence[Any], scope: ModuleScope, model_call: Any) -> Layer:
         """The Layer of a call with these inputs.
 
         Args:
             args: all inputs of the graph.
-            module: the module that is being run, if the caller knows it.
+            scope: knows the module that is being run, or nothing.
             model_call: any value that is the same for all layers of one call of the whole model.
         """
         if model_call != self._model_call:
             self._model_call = model_call
             self._in_model_call = 0
-        layer = self._find(args, module)
+        layer = self._find_module(scope.module, scope.label) if scope.module is not None else self._find(args)
         self._in_model_call += 1
         self.most_in_model_call = max(self.most_in_model_call, self._in_model_call)
         return layer
@@ -62,12 +82,17 @@ class LayerTable:
         """The ids of all Parameters met among the inputs and still alive."""
         return {identity for identities in self._by_parameters for identity in identities}
 
-    def _find(self, args: Sequence[Any], module: torch.nn.Module | None) -> Layer:
-        if module is not None:
-            layer = self._by_module.get(module)
-            if layer is None:
-                layer = self._by_module[module] = Layer(self._in_model_call)
-            return layer
+    def labels(self) -> list[str]:
+        """Module paths of the layers met so far, where known."""
+        return [layer.label for layer in self._by_module.values() if layer.label]
+
+    def _find_module(self, module: torch.nn.Module, label: str) -> Layer:
+        layer: Layer | None = self._by_module.get(module)
+        if layer is None:
+            layer = self._by_module[module] = Layer(self._in_model_call, label)
+        return layer
+
+    def _find(self, args: Sequence[Any]) -> Layer:
         parameters = [arg for arg in args if isinstance(arg, torch.nn.Parameter)]
         if not parameters:
             if self._anonymous is None:
@@ -89,19 +114,3 @@ class LayerTable:
                 alive._by_parameters.pop(identity, None)
 
         return on_death
-
-
-class ModuleScope:
-    """The module that is being run, for callers that know it. Nested scopes restore what was there."""
-
-    def __init__(self) -> None:
-        self.current: torch.nn.Module | None = None
-
-    @contextlib.contextmanager
-    def running(self, module: torch.nn.Module) -> Iterator[None]:
-        before = self.current
-        self.current = module
-        try:
-            yield
-        finally:
-            self.current = before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 
-from svg2_compile.history import CallRecord
+from svg2_compile.history import CallRecord, qualified
 from svg2_compile.layers import LayerTable
 from svg2_compile.passes.graph_builder import metadata_key
 from svg2_compile.passes.hoist_centroids import StateSpec
@@ -148,6 +149,13 @@ class DenoisingProgram:
         self._flags: dict[bool, torch.Tensor] = {}
         session.programs.add(self)
 
+    def site_reports(self) -> list[SiteReport]:
+        """Every attention of the graph; where it serves known layers, every attention of each of them."""
+        labels = self.layers.labels()
+        if not labels:
+            return list(self.sites)
+        return [replace(site, name=qualified(label, site.name)) for label in labels for site in self.sites]
+
     @property
     def num_layers(self) -> int:
         """How many layers this graph serves in one model call, as far as seen."""
@@ -207,6 +215,7 @@ class DenoisingProgram:
                 iters=iters,
                 seeded=seeded,
                 densities=densities,
+                label=plan.layer.label,
             )
         )
 

@@ -129,7 +129,7 @@ class Session:
     def plan(self, program: DenoisingProgram, args: Sequence[Any]) -> CallPlan:
         """Decide which graph of ``program`` runs this call."""
         reading = program.time_reader.read(args) if self.clock.needs_reading else None
-        layer = program.layers.find(args, self.scope.current, self._model_call(program, reading))
+        layer = program.layers.find(args, self.scope, self._model_call(program, reading))
         tick = self.clock.tick(layer, reading)
         if tick is None:
             return self._plan_without_time(program, layer)
