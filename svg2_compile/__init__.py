@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svg2_compile.api import Enabled, disable, enable, explain, report, reset
     from svg2_compile.config import ConfigError, Svg2Config
-    from svg2_compile.report import Report
+    from svg2_compile.reports import Report
 
 __all__ = [
     "ConfigError",
@@ -33,7 +33,7 @@ __all__ = [
 _HOME = {
     "ConfigError": "svg2_compile.config",
     "Enabled": "svg2_compile.api",
-    "Report": "svg2_compile.report",
+    "Report": "svg2_compile.reports",
     "Svg2Config": "svg2_compile.config",
     "disable": "svg2_compile.api",
     "enable": "svg2_compile.api",

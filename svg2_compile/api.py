@@ -15,7 +15,7 @@ from svg2_compile.clock import SchedulerClock, TimestepClock
 from svg2_compile.config import Svg2Config
 from svg2_compile.passes.graph_builder import copy_graph_module
 from svg2_compile.pipeline import ANALYSES, Compilation, run_passes
-from svg2_compile.report import GraphReport, Report, describe
+from svg2_compile.reports import GraphReport, Report, describe
 from svg2_compile.runtime import Session
 from svg2_compile.scheduler_hook import SchedulerHook
 

@@ -16,7 +16,7 @@ from svg2_compile.inner_backend import compile_inner
 from svg2_compile.passes.graph_builder import copy_graph_module, metadata_key
 from svg2_compile.pipeline import PIPELINE, Compilation, run_passes
 from svg2_compile.program import CompiledGraph, DenoisingProgram
-from svg2_compile.report import GraphReport, SiteReport, describe
+from svg2_compile.reports import GraphReport, SiteReport, describe
 from svg2_compile.runtime import Session, TimeReader
 
 __all__ = ["Svg2Backend", "sessions", "svg2"]

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from svg2_compile.api import enable, explain
 from svg2_compile.inner_backend import compile_inner
-from svg2_compile.report import Report
+from svg2_compile.reports import Report
 
 __all__ = ["DemoOptions", "DemoResult", "demo_model", "run_demo"]
 

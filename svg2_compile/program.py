@@ -17,7 +17,7 @@ from svg2_compile.history import CallRecord, qualified
 from svg2_compile.layers import LayerTable
 from svg2_compile.passes.graph_builder import metadata_key
 from svg2_compile.passes.hoist_centroids import StateSpec
-from svg2_compile.report import GraphReport, SiteReport
+from svg2_compile.reports import GraphReport, SiteReport
 from svg2_compile.runtime import CallPlan, Session, TimeReader
 
 __all__ = ["CompiledGraph", "DenoisingProgram", "SymbolBinder"]
