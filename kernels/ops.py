@@ -1,0 +1,298 @@
+"""The ``svg2::`` ops: schemas, fake kernels, validation and dispatch by device. Imports without Triton.
+
+Every op is a pure function on 4-D ``[B, H, N, D]`` tensors of any strides: it aliases none of its inputs, its output
+shapes never depend on data, and to a compiler it is opaque. B batch, Hq/Hkv query and key/value heads (Hq a multiple
+of Hkv; query head h reads key head ``h // (Hq // Hkv)``), N tokens, D head_dim, Cq/Ck query and key clusters. The
+**blocks** of an order are its C clusters, then block C with the context tokens, then block C + 1, the null block,
+with masked tokens; each may be empty. ``offsets`` int32 [B, H, C + 3] are the blocks' boundaries.
+
+Which implementation runs is one table in ``dispatch.py``; ``use_implementation`` asks for one explicitly, and such a
+request never falls back. The ops are for inference: they have no autograd formula.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svg2_compile.kernels import validation
+from svg2_compile.kernels.dispatch import implementation_for, use_implementation
+from svg2_compile.kernels.dispatch import load_implementation as _implementation
+
+__all__ = [
+    "block_density",
+    "block_sparse_attention",
+    "cluster_means",
+    "cluster_order",
+    "implementation_for",
+    "kmeans",
+    "permute_tokens",
+    "select_blocks",
+    "select_blocks_by_error",
+    "unpermute_tokens",
+    "use_implementation",
+]
+
+
+# No input's strides matter, so a compiler may lay out what it feeds to these ops as it likes.
+_TAGS = (torch.Tag.flexible_layout,)
+
+
+@torch.library.custom_op("svg2::kmeans", mutates_args=(), tags=_TAGS)
+def kmeans(
+    x: Tensor, centroids: Tensor, seeded: Tensor, iters: int, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lloyd's k-means with Euclidean distance, per batch and head (SVG2 section 4.1).
+
+    x [B, H, N, D] float32, bfloat16 or float16; centroids float32 [B, H, C, D] with 1 <= C <= N; seeded bool []:
+    where False, ``centroids`` is ignored and C tokens spread evenly over the (valid) tokens are the start; iters >=
+    1; valid bool [B, 1 or H, N]:
+    tokens that are False carry no mass and are in no size.
+
+    Returns labels int32 [B, H, N] of the last assignment, always in [0, C) (any value for invalid tokens); centroids
+    float32 [B, H, C, D], the means of exactly those labels, or what they were where a cluster is empty; sizes int32
+    [B, H, C]. A token with NaN or inf makes its cluster's centroid non-finite; a non-finite centroid is chosen by no
+    other token. Raises TypeError or ValueError on inputs out of contract, such as no clusters or more clusters than
+    tokens.
+    """
+    validation.check_kmeans(x, centroids, seeded, iters, valid)
+    result: tuple[Tensor, Tensor, Tensor] = _implementation(x.device).kmeans(x, centroids, seeded, iters, valid)
+    return result
+
+
+@kmeans.register_fake
+def _(
+    x: Tensor, centroids: Tensor, seeded: Tensor, iters: int, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, num_tokens, head_dim = x.shape
+    num_clusters = centroids.shape[2]
+    labels = x.new_empty((batch, heads, num_tokens), dtype=torch.int32)
+    means = x.new_empty((batch, heads, num_clusters, head_dim), dtype=torch.float32)
+    sizes = x.new_empty((batch, heads, num_clusters), dtype=torch.int32)
+    return labels, means, sizes
+
+
+@torch.library.custom_op("svg2::cluster_order", mutates_args=(), tags=_TAGS)
+def cluster_order(
+    labels: Tensor, num_clusters: int, start: int, num_tokens: int, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The order that makes every block contiguous, and the blocks' boundaries.
+
+    labels int32 [B, H, Nv] of the video tokens [start, start + Nv) of a sequence of ``num_tokens``; every other token
+    is context; tokens whose valid bool [B, 1 or H, num_tokens] is False go to the null block, wherever they are.
+
+    Returns order int32 [B, H, num_tokens], where order[..., r] is the token at permuted position r (stable: within a
+    block tokens keep their order), and offsets int32 [B, H, num_clusters + 3].
+    """
+    validation.check_cluster_order(labels, num_clusters, start, num_tokens, valid)
+    args = (labels, num_clusters, start, num_tokens, valid)
+    result: tuple[Tensor, Tensor] = _implementation(labels.device).cluster_order(*args)
+    return result
+
+
+@cluster_order.register_fake
+def _(
+    labels: Tensor, num_clusters: int, start: int, num_tokens: int, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    batch, heads, _ = labels.shape
+    order = labels.new_empty((batch, heads, num_tokens), dtype=torch.int32)
+    return order, labels.new_empty((batch, heads, num_clusters + 3), dtype=torch.int32)
+
+
+@torch.library.custom_op("svg2::select_blocks", mutates_args=(), tags=_TAGS)
+def select_blocks(
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_k_ratio: float,
+    density: float | None = None,
+) -> Tensor:
+    """Which key blocks each query block attends to, by estimated softmax mass (SVG2 section 4.2).
+
+    q_centroids float32 [B, Hq, Cq, D], k_centroids float32 [B, Hkv, Ck, D], sizes int32 [B, H, C]. With
+    P_ij = softmax_j(scale q_i.k_j + ln n_j), a row keeps its largest P until they first sum to ``top_p``, and at least
+    ceil(min_k_ratio Ck) clusters; top_p >= 1 keeps every cluster. With ``density`` in [0, 1], top_p and min_k_ratio are
+    ignored and a row keeps its largest P until their keys first reach density * (all clustered keys).
+
+    Returns block_map bool [B, Hq, Cq + 2, Ck + 2]: the context row and column are True, the null column False, the
+    null row False but for the context column. Every row keeps at least one non-empty cluster if there is one, and no
+    empty one unless it keeps all. A row with a non-finite score keeps every cluster, so that NaN shows as in dense
+    attention.
+    """
+    args = (q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_k_ratio, density)
+    validation.check_select_blocks(*args)
+    block_map: Tensor = _implementation(q_centroids.device).select_blocks(*args)
+    return block_map
+
+
+@select_blocks.register_fake
+def _(
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_k_ratio: float,
+    density: float | None = None,
+) -> Tensor:
+    batch, q_heads, num_q_clusters, _ = q_centroids.shape
+    shape = (batch, q_heads, num_q_clusters + 2, k_centroids.shape[2] + 2)
+    return q_centroids.new_empty(shape, dtype=torch.bool)
+
+
+@torch.library.custom_op("svg2::permute_tokens", mutates_args=(), tags=_TAGS)
+def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Row r of the result is token order[r]: x [B, H, N, D], order int32 [B, H, N] -> [B, H, N, D], contiguous;
+    exact."""
+    validation.check_tokens_and_order("permute_tokens", x, order)
+    result: Tensor = _implementation(x.device).permute_tokens(x, order)
+    return result
+
+
+@permute_tokens.register_fake
+def _(x: Tensor, order: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("svg2::unpermute_tokens", mutates_args=(), tags=_TAGS)
+def unpermute_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """The inverse of ``permute_tokens``: token order[r] of the result is row r of x; exact.
+
+    x [B, H, N, D], order int32 [B, H, N] -> [B, H, N, D], laid out as a contiguous [B, N, H, D] (what the output
+    projection reads next), seen transposed.
+    """
+    validation.check_tokens_and_order("unpermute_tokens", x, order)
+    result: Tensor = _implementation(x.device).unpermute_tokens(x, order)
+    return result
+
+
+@unpermute_tokens.register_fake
+def _(x: Tensor, order: Tensor) -> Tensor:
+    batch, heads, num_tokens, head_dim = x.shape
+    return x.new_empty((batch, num_tokens, heads, head_dim)).transpose(1, 2)
+
+
+@torch.library.custom_op("svg2::cluster_means", mutates_args=(), tags=_TAGS)
+def cluster_means(x: Tensor, offsets: Tensor) -> Tensor:
+    """Mean row of each cluster: permuted x [B, H, N, D], offsets int32 [B, H, C + 3] -> float32 [B, H, C, D]; 0 if
+    empty."""
+    validation.check_cluster_means(x, offsets)
+    result: Tensor = _implementation(x.device).cluster_means(x, offsets)
+    return result
+
+
+@cluster_means.register_fake
+def _(x: Tensor, offsets: Tensor) -> Tensor:
+    batch, heads, _, head_dim = x.shape
+    return x.new_empty((batch, heads, offsets.shape[2] - 3, head_dim), dtype=torch.float32)
+
+
+@torch.library.custom_op("svg2::block_sparse_attention", mutates_args=(), tags=_TAGS)
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    block_map: Tensor,
+    scale: float,
+    k_centroids: Tensor | None = None,
+    v_centroids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query block over exactly the keys of its selected key blocks (SVG2 section 4.3).
+
+    Permuted query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] of one dtype; q_offsets int32 [B, Hq,
+    Cq + 3], k_offsets int32 [B, Hkv, Ck + 3]; block_map bool [B, Hq, Cq + 2, Ck + 2]. With k_centroids [B, Hkv, Ck,
+    D] and v_centroids [B, Hkv, Ck, Dv], float32, every non-empty cluster j that a row skips joins the same softmax as
+    one key k_j with value v_j and bias ln n_j (EAR's compensation); context and null blocks never do.
+
+    Returns out [B, Hq, Nq, Dv] in query's dtype, contiguous, and lse float32 [B, Hq, Nq], the natural log of the sum
+    of exponentials, compensation included. A row without any key has out 0 and lse -inf. Accumulation is float32.
+    """
+    args = (query, key, value, q_offsets, k_offsets, block_map, scale, k_centroids, v_centroids)
+    validation.check_block_sparse_attention(*args)
+    result: tuple[Tensor, Tensor] = _implementation(query.device).block_sparse_attention(*args)
+    return result
+
+
+@block_sparse_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    block_map: Tensor,
+    scale: float,
+    k_centroids: Tensor | None = None,
+    v_centroids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, q_heads, num_queries, _ = query.shape
+    out = query.new_empty((batch, q_heads, num_queries, value.shape[3]))
+    return out, query.new_empty((batch, q_heads, num_queries), dtype=torch.float32)
+
+
+@torch.library.custom_op("svg2::select_blocks_by_error", mutates_args=(), tags=_TAGS)
+def select_blocks_by_error(
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    q_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_k_ratio: float,
+    density: float | None = None,
+) -> Tensor:
+    """Which key blocks to compute exactly when the others are compensated (EAR, arXiv 2603.08982, error-aware
+    routing).
+
+    Permuted key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv] with k_offsets int32 [B, Hkv, Ck + 3]; centroids float32;
+    the other arguments as in ``select_blocks``. Blocks are ranked by error per key e_ij / n_j with e_ij = sum over
+    keys t of cluster j of |exp(scale q_i.k_t) v_t - exp(scale q_i.k_j) v_j|^2, and kept until their keys first reach
+    the row's budget: the number of keys that ``select_blocks`` would keep, or density * (all clustered keys).
+
+    Returns block_map bool [B, Hq, Cq + 2, Ck + 2] with the guarantees of ``select_blocks``.
+    """
+    args = (key, value, k_offsets, q_centroids, k_centroids, v_centroids, q_sizes, scale, top_p, min_k_ratio, density)
+    validation.check_select_blocks_by_error(*args)
+    result: Tensor = _implementation(key.device).select_blocks_by_error(*args)
+    return result
+
+
+@select_blocks_by_error.register_fake
+def _(
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    q_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_k_ratio: float,
+    density: float | None = None,
+) -> Tensor:
+    batch, q_heads, num_q_clusters, _ = q_centroids.shape
+    shape = (batch, q_heads, num_q_clusters + 2, k_centroids.shape[2] + 2)
+    return q_centroids.new_empty(shape, dtype=torch.bool)
+
+
+@torch.library.custom_op("svg2::block_density", mutates_args=(), tags=_TAGS)
+def block_density(q_offsets: Tensor, k_offsets: Tensor, block_map: Tensor) -> Tensor:
+    """Selected (query, key) pairs over all pairs, float32 [B, Hq]; 0 where there are no pairs."""
+    validation.check_block_density(q_offsets, k_offsets, block_map)
+    result: Tensor = _implementation(block_map.device).block_density(q_offsets, k_offsets, block_map)
+    return result
+
+
+@block_density.register_fake
+def _(q_offsets: Tensor, k_offsets: Tensor, block_map: Tensor) -> Tensor:
+    return q_offsets.new_empty(q_offsets.shape[:2], dtype=torch.float32)
