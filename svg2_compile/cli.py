@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -32,6 +33,67 @@ def doctor(as_json: AsJson = False) -> None:
     raise typer.Exit(0 if diagnosis.healthy else 1)
 
 
+@app.command()
+def demo(
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the latent video.")] = None,
+    height: Annotated[int | None, typer.Option(min=2, help="Height of the latent video.")] = None,
+    width: Annotated[int | None, typer.Option(min=2, help="Width of the latent video.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Softmax mass that the selected clusters reach.")] = None,
+    inner_backend: Annotated[str | None, typer.Option(help="What compiles the graphs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,
+) -> None:
+    """Denoise a small video dense and sparse; show decisions, densities, times and PSNR."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    from svg2_compile.demo import DemoOptions, run_demo
+
+    try:
+        run_demo(DemoOptions(**given), Console())
+    except (ImportError, ValueError) as error:
+        _fail(error)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Import path of a class (diffusers.WanTransformer3DModel) or FILE.pt2")],
+    config: Annotated[Path | None, typer.Option(help="JSON file with the arguments of the class.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="NAME=SHAPE:DTYPE or NAME=NUMBER, such as fps=24; repeatable.")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="NAME=VALUE of an svg2 option, such as top_p=0.8; repeatable.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Videos in one call.")] = 1,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the latent video.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Height of the latent video.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width of the latent video.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights and inputs.")] = "bfloat16",
+    as_json: AsJson = False,
+) -> None:
+    """Show which attentions of a model would become sparse. Needs neither weights nor memory for them."""
+    from svg2_compile import inspect_model as loader
+    from svg2_compile.example_inputs import VideoShape
+
+    try:
+        chosen = _pairs("--option", options)
+        if model.endswith(".pt2"):
+            report = loader.inspect_exported(Path(model), chosen)
+        else:
+            arguments = loader.read_config(config)
+            video = VideoShape(batch, frames, height, width, text_tokens)
+            given = _pairs("--input", inputs)
+            weights = loader.parse_dtype(dtype, "--dtype")
+            report = loader.inspect_class(model, arguments, video, given, chosen, weights)
+    except ValueError as error:
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        typer.echo(report.render(min(Console().width, 100)))
+
+
 @presets_app.command("list")
 def presets_list(as_json: AsJson = False) -> None:
     """List all presets with their status and main settings."""
@@ -56,6 +118,23 @@ def presets_show(
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint="NAME") from None
     _show(details(preset), as_dict(preset), as_json)
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE texts as a mapping."""
+    pairs = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint=option)
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _fail(error: Exception) -> NoReturn:
+    """End with the message alone: what went wrong is in what was given, not in the code."""
+    typer.echo(f"Error: {error}", err=True)
+    raise typer.Exit(2) from error
 
 
 def _show(view: Any, data: Any, as_json: bool) -> None:
