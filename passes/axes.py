@@ -7,7 +7,8 @@ set of graph inputs. Example: a batch of 2 videos with 8 text tokens before 32 v
     Axis((({hidden_states, text}: 2),), (({text}: 8), ({hidden_states}: 32)))
 
 Everything here is a pure function of values; lengths are sympy expressions and nothing is ever guarded on: two lengths
-are equal only where that can be shown. What cannot be shown becomes `UNKNOWN`, never a guess.
+are equal only where that can be shown. What cannot be shown becomes `UNKNOWN`, never a guess; a segment whose positions
+come from several segments in an order that is not known carries the source `MIXED` besides theirs.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Axis:
 
 
 Axes = tuple[Axis, ...]
+MIXED = "<mixed>"
+"""The source that marks a segment of positions from several segments in unknown order. No input has this name."""
 NO_SOURCES: frozenset[str] = frozenset()
 UNKNOWN = Axis(None)
 ONE = Axis(())
@@ -156,30 +159,32 @@ def constant(length: int | torch.SymInt | sympy.Expr) -> Axis:
     return single(NO_SOURCES, length)
 
 
-def uniform_sources(axis: Axis) -> frozenset[str] | None:
-    """The sources of an axis without a boundary between segments; None where it has one or is unknown."""
-    if axis.factors is None or any(len(factor) != 1 for factor in axis.factors):
+def blended_sources(axis: Axis) -> frozenset[str] | None:
+    """The sources of positions taken from anywhere on the axis, `MIXED` where it has a boundary; None if unknown."""
+    if axis.factors is None:
         return None
-    return axis.sources
+    return axis.sources | {MIXED} if has_boundary(axis) else axis.sources
+
+
+def has_boundary(axis: Axis) -> bool:
+    """Whether the axis is known and some factor of it has more than one segment."""
+    return any(len(factor) > 1 for factor in axis.factors or ())
 
 
 def collapse(axis: Axis) -> Factor | None:
-    """The axis read as one concatenation; None where it is unknown or a product that has a boundary inside."""
+    """The axis read as one concatenation (a product with a boundary inside is one mixed segment); None if unknown."""
     if axis.factors is None:
         return None
     if len(axis.factors) == 1:
         return axis.factors[0]
-    sources = uniform_sources(axis)
-    if sources is None:
-        return None
     length = axis.length
     assert length is not None  # the axis is known
-    return (Segment(sources, length),)
+    return (Segment(blended_sources(axis) or NO_SOURCES, length),)
 
 
 def resample(axis: Axis, length: int | torch.SymInt | sympy.Expr) -> Axis:
-    """The axis after positions were merged, dropped, permuted or repeated: known only where there is no boundary."""
-    sources = uniform_sources(axis)
+    """The axis after positions were merged, dropped, permuted or repeated."""
+    sources = blended_sources(axis)
     return UNKNOWN if sources is None else single(sources, length)
 
 
@@ -227,17 +232,16 @@ def cut(axis: Axis, start: sympy.Expr, length: sympy.Expr) -> Axis:
         return UNKNOWN
     if start == 0 and same_length(length, total):
         return axis
-    sources = uniform_sources(axis)
-    if sources is not None:
-        return single(sources, length)
+    if not has_boundary(axis):
+        return single(axis.sources, length)
     inner = sympy.Mul(*(factor_length(factor) for factor in axis.factors[1:]))
     outer_start, outer_length = exact_quotient(start, inner), exact_quotient(length, inner)
     if outer_start is None or outer_length is None:
-        return UNKNOWN
+        return resample(axis, length)
     try:
         first = _cut_factor(axis.factors[0], outer_start, outer_length)
     except _Undecided:
-        return UNKNOWN
+        return resample(axis, length)
     return make_axis([first, *axis.factors[1:]])
 
 
@@ -266,7 +270,9 @@ def union(a: Axis, b: Axis) -> Axis:
     try:
         return make_axis(_union_products(deque(a.factors), deque(b.factors)))
     except _Undecided:
-        return UNKNOWN
+        length = a.length
+        assert length is not None  # the axis is known
+        return single(a.sources | b.sources | {MIXED}, length)
 
 
 def _union_products(left: deque[Factor], right: deque[Factor]) -> list[Factor]:
@@ -294,21 +300,36 @@ def _split_factor(factor: Factor, outer: sympy.Expr) -> tuple[Factor, Factor]:
 
 
 def _union_segments(left: deque[Segment], right: deque[Segment]) -> Factor:
-    result = []
+    """Both concatenations cut at the boundaries of both; what lies between boundaries of unknown order is mixed."""
+    before = _common_run(left, right, from_end=False)
+    after = _common_run(left, right, from_end=True)
+    rest = [*left, *right]
+    if not rest:
+        return (*before, *after)
+    sources = NO_SOURCES.union(*(segment.sources for segment in rest))
+    if any(segment.sources != sources for segment in rest):
+        sources = sources | {MIXED}
+    return (*before, Segment(sources, sympy.expand(factor_length(tuple(left or right)))), *after)
+
+
+def _common_run(left: deque[Segment], right: deque[Segment], from_end: bool) -> list[Segment]:
+    """Takes the segments off one end of both for as long as the order of their boundaries is known."""
+    result: list[Segment] = []
+    end = -1 if from_end else 0
     while left and right:
-        a, b = left.popleft(), right.popleft()
-        if same_length(a.length, b.length):
-            shared = a.length
-        elif not_less(a.length, b.length):
-            shared = b.length
-            left.appendleft(Segment(a.sources, sympy.expand(a.length - shared)))
-        else:
-            shared = a.length
-            right.appendleft(Segment(b.sources, sympy.expand(b.length - shared)))
+        a, b = left[end], right[end]
+        try:
+            a_is_longer = not same_length(a.length, b.length) and not_less(a.length, b.length)
+        except _Undecided:
+            break
+        shared = b.length if a_is_longer else a.length
+        for side, segment in ((left, a), (right, b)):
+            if same_length(segment.length, shared):
+                side.pop() if from_end else side.popleft()
+            else:
+                side[end] = Segment(segment.sources, sympy.expand(segment.length - shared))
         result.append(Segment(a.sources | b.sources, shared))
-    if left or right:
-        raise _Undecided
-    return tuple(result)
+    return result[::-1] if from_end else result
 
 
 def union_all(axes: Iterable[Axis]) -> Axis:

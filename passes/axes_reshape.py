@@ -3,8 +3,9 @@
     before   [B: 2] [text|video: 40] [channel: 16]      reshape(80, 4, 4)
     after    [B: 2 x text|video: 40] [channel: 4] [channel: 4]     and back again by reshape(2, 40, 16)
 
-A factor of one segment may be split anywhere. A concatenation is split only as `outer x 1`; asking for more makes the
-axes that would need it unknown, and only these.
+A factor of one segment may be split anywhere. A concatenation that is split mixes its segments, except that the outer
+part keeps boundaries that are multiples of the inner one. Sizes that do not fit make the axes unknown that would need
+it, and only these.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import sympy
 
 from svg2_compile.passes.axes import (
+    MIXED,
     ONE,
     UNKNOWN,
     Axes,
@@ -99,7 +101,9 @@ def _split(piece: _Piece, outer: sympy.Expr, inner: sympy.Expr) -> tuple[_Piece,
         Segment(segment.sources, length) for segment, length in zip(factor, lengths, strict=True) if length is not None
     )
     # The outer positions keep the boundaries where every segment is a whole number of them; the inner ones mix.
-    return _Piece(segments if len(segments) == len(factor) else None, outer), _Piece(None, inner)
+    mixed = frozenset({MIXED}).union(*(segment.sources for segment in factor))
+    outer_factor = segments if len(segments) == len(factor) else (Segment(mixed, outer),)
+    return _Piece(outer_factor, outer), _Piece((Segment(mixed, inner),), inner)
 
 
 def _resynchronise(taken: sympy.Expr, pieces: deque[_Piece], sizes: Sequence[sympy.Expr]) -> int:

@@ -1,6 +1,6 @@
 """Which input of a graph is the video: the one whose positions the output has.
 
-A denoiser returns a tensor of its latent's shape, up to the channels. A piece of a model (one block, or what lies between
+A denoiser returns a tensor of its latent's shape, up to the channels. A piece of a model (one block, or what is between
 two graph breaks) may return text, audio and intermediate tensors besides, so every output names a candidate with the
 number of its positions, and the longest wins. Where no output tells, the longest segment on any attention's query axis
 does.
@@ -15,7 +15,8 @@ import sympy
 from torch import fx
 
 from svg2_compile.passes.axes import Axes, Axis, Factor, collapse, same_length
-from svg2_compile.passes.layout_interpreter import Interpretation, node_value
+from svg2_compile.passes.fake_values import node_value
+from svg2_compile.passes.layout_interpreter import Interpretation
 
 _BATCHED_RANK = 3
 """From this rank on, the first axis is taken for the batch: every input of a model shares it, so it tells nothing."""
@@ -29,6 +30,7 @@ class _Candidate:
 
     name: str
     positions: sympy.Expr
+    positions_in_example: sympy.Expr
     same_channels: bool
 
     def beats(self, other: _Candidate | None) -> bool:
@@ -36,14 +38,14 @@ class _Candidate:
         if other is None:
             return True
         if not same_length(self.positions, other.positions):
-            return _at_typical_size(self.positions) > _at_typical_size(other.positions)
+            return bool(self.positions_in_example > other.positions_in_example)
         return self.same_channels and not other.same_channels
 
 
 def find_latent(gm: fx.GraphModule, found: Interpretation) -> frozenset[str]:
     """The name of the video's placeholder; empty where neither outputs nor attentions tell."""
     best: _Candidate | None = None
-    for candidate in (*_candidates_of_outputs(gm, found),):
+    for candidate in _candidates_of_outputs(gm, found):
         if candidate.beats(best):
             best = candidate
     if best is None:
@@ -77,7 +79,8 @@ def _candidates_by_shape(axes: Axes, sizes: Sizes, gm: fx.GraphModule, found: In
         if len(own) != len(sizes) or len(differing) > 1:
             continue
         shared = [sizes[d] for d in _positions(axes) if d not in differing and node.name in axes[d].sources]
-        yield _Candidate(node.name, sympy.Mul(*shared), not differing)
+        count = sympy.Mul(*shared)
+        yield _Candidate(node.name, count, _in_example(count, found), not differing)
 
 
 def _candidates_of_axis(axis: Axis, gm: fx.GraphModule, found: Interpretation) -> Iterator[_Candidate]:
@@ -87,7 +90,7 @@ def _candidates_of_axis(axis: Axis, gm: fx.GraphModule, found: Interpretation) -
         elsewhere = frozenset[str]().union(*(s.sources for i, s in enumerate(segments) if i != index))
         name = _most_elements(segment.sources - elsewhere or segment.sources, gm, found)
         if name is not None:
-            yield _Candidate(name, segment.length, False)
+            yield _Candidate(name, segment.length, _in_example(segment.length, found), False)
 
 
 def _most_elements(names: frozenset[str], gm: fx.GraphModule, found: Interpretation) -> str | None:
@@ -95,7 +98,7 @@ def _most_elements(names: frozenset[str], gm: fx.GraphModule, found: Interpretat
     best: tuple[sympy.Expr, str] | None = None
     for node in gm.graph.find_nodes(op="placeholder"):
         if node.name in names and node in found.sizes and _is_float(node):
-            elements = _at_typical_size(sympy.Mul(*found.sizes[node]))
+            elements = _in_example(sympy.Mul(*found.sizes[node]), found)
             if best is None or elements > best[0]:
                 best = (elements, node.name)
     return None if best is None else best[1]
@@ -111,6 +114,7 @@ def _positions(axes: Sequence[Axis]) -> range:
     return range(1 if len(axes) >= _BATCHED_RANK else 0, len(axes))
 
 
-def _at_typical_size(length: sympy.Expr) -> sympy.Expr:
-    # A stand-in that orders lengths without reading a hint (a hint would be a guard): all symbols equal and large.
-    return length.xreplace({symbol: sympy.Integer(4096) for symbol in length.free_symbols})
+def _in_example(length: sympy.Expr, found: Interpretation) -> sympy.Expr:
+    # Which input is the video does not depend on its size, so an example may tell; reading it this way adds no guard.
+    known = length.xreplace(found.example_of)
+    return known.xreplace({symbol: sympy.Integer(1) for symbol in known.free_symbols})

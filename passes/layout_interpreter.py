@@ -19,11 +19,12 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from svg2_compile.passes.axes import Axes, single, size_expr
+from svg2_compile.passes.fake_values import fake_mode_of, is_parameter, node_value
 from svg2_compile.passes.layout_mode import AttentionAxes, LayoutMode, SharedValueWritten
 from svg2_compile.passes.op_call import constant_axes, fit, sizes_of, unknown_axes
 
@@ -32,6 +33,15 @@ log = logging.getLogger(__name__)
 _SCALAR = (int, float, bool, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
 _AUTOCAST_ENTER = torch.amp.autocast_mode._enter_autocast
 _AUTOCAST_EXIT = torch.amp.autocast_mode._exit_autocast
+_INLINED = frozenset(
+    {
+        "wrap",
+        "wrap_with_autocast",
+        "wrap_with_set_grad_enabled",
+        "wrap_activation_checkpoint",
+        "tag_activation_checkpoint",
+    }
+)
 _WITHOUT_RESULT = ("_set_grad_enabled", "_enter_inference", "_exit_inference", "_check", "_assert", "sym_constrain")
 
 
@@ -44,6 +54,8 @@ class Interpretation:
     attentions: list[AttentionAxes] = field(default_factory=list)
     inputs: frozenset[str] = frozenset()
     unruled_ops: Counter[str] = field(default_factory=Counter)
+    example_of: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
+    """The size that a symbol had in the example inputs; none for sizes that depend on data."""
 
 
 def interpret(gm: fx.GraphModule, parameters: Collection[str] | None) -> Interpretation:
@@ -52,33 +64,6 @@ def interpret(gm: fx.GraphModule, parameters: Collection[str] | None) -> Interpr
         return _Interpreter(gm, parameters, share=True).interpretation()
     except SharedValueWritten:
         return _Interpreter(gm, parameters, share=False).interpretation()
-
-
-def node_value(node: fx.Node) -> Any:
-    """The example value of a node: a fake tensor, a symbolic number, a tuple of them, or None."""
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
-def is_parameter(node: fx.Node) -> bool:
-    """Whether a placeholder is a parameter, buffer or other attribute of a module, by its metadata."""
-    if isinstance(node_value(node), (torch.nn.Parameter, torch.nn.Buffer)):
-        return True
-    source = getattr(node, "_dynamo_source", None)
-    if source is not None:
-        guard_source = source.guard_source() if callable(source.guard_source) else source.guard_source
-        return bool(guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module())
-    if "example_value" in node.meta:
-        return "_parameters_" in node.name or "_buffers_" in node.name
-    return node.name.startswith(("p_", "b_", "c_"))
-
-
-def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
-    """The fake mode of the graph's metadata; a new one where no node has a tensor."""
-    for node in gm.graph.nodes:
-        for value in tree_leaves(node_value(node)):
-            if isinstance(value, FakeTensor):
-                return value.fake_mode
-    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class _Unshared(Exception):
@@ -102,9 +87,12 @@ class _Interpreter:
         """Runs the graph."""
         with self._contexts():
             for node in self._gm.graph.nodes:
-                if node.op != "output":
-                    self._env[node] = self._run_node(node)
+                if node.op == "placeholder":
+                    self._set(node, self._placeholder(node))
+                elif node.op != "output":
+                    self._set(node, self._run_node(node, self._gm))
         self._found.attentions = list(self._mode.attentions)
+        self._found.example_of = dict(getattr(self._fake_mode.shape_env, "backed_var_to_val", {}))
         return self._found
 
     @contextlib.contextmanager
@@ -113,6 +101,7 @@ class _Interpreter:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if shape_env is not None:
+                stack.enter_context(enable_python_dispatcher())  # its kernels take symbolic sizes
                 stack.enter_context(shape_env.suppress_guards())
                 stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(self._fake_mode)
@@ -123,17 +112,70 @@ class _Interpreter:
                 while self._autocasts:
                     _AUTOCAST_EXIT(self._autocasts.pop()[0])
 
-    def _run_node(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            result = self._placeholder(node)
-        elif node.op == "get_attr":
-            result = self._attribute(str(node.target))
-        else:
-            result = self._call(node)
-        if isinstance(result, torch.Tensor):
-            self._found.axes[node] = self._mode.axes_of(result)
-            self._found.sizes[node] = sizes_of(result)
+    def _set(self, node: fx.Node, value: Any) -> None:
+        self._env[node] = value
+        if isinstance(value, torch.Tensor):
+            self._found.axes[node] = self._mode.axes_of(value)
+            self._found.sizes[node] = sizes_of(value)
+
+    def _run_node(self, node: fx.Node, owner: torch.nn.Module) -> Any:
+        if node.op == "get_attr":
+            return self._attribute(str(node.target), owner)
+        value = node_value(node)
+        if isinstance(value, _SCALAR):
+            return value  # the symbols of the graph itself, where running the node could make new ones
+        name = getattr(node.target, "__name__", str(node.target))
+        if name.startswith(_WITHOUT_RESULT) and not node.users:
+            return None
+        args: tuple[Any, ...] = tuple(fx.node.map_arg(argument, self._env.__getitem__) for argument in node.args)
+        kwargs: dict[str, Any] = {k: fx.node.map_arg(v, self._env.__getitem__) for k, v in node.kwargs.items()}
+        if node.target is operator.getitem and not isinstance(args[0], torch.Tensor):
+            return args[0][args[1]]
+        if node.target in (_AUTOCAST_ENTER, _AUTOCAST_EXIT):
+            return self._autocast(node.target, args)
+        if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+            return self._call_subgraph(node, name, args, owner)
+        return self._compute(node, args, kwargs)
+
+    def _autocast(self, target: Any, args: tuple[Any, ...]) -> Any:
+        if target is _AUTOCAST_ENTER:
+            self._autocasts.append((_AUTOCAST_ENTER(*args), args))
+            return self._autocasts[-1][0]
+        self._autocasts = [entry for entry in self._autocasts if entry[0] is not args[0]]
+        return _AUTOCAST_EXIT(args[0])
+
+    def _call_subgraph(self, node: fx.Node, name: str, args: tuple[Any, ...], owner: torch.nn.Module) -> Any:
+        """A region that torch keeps as a graph of its own (autocast, no_grad, checkpoint) is interpreted in place."""
+        if name.startswith("flex_attention"):
+            return self._flex_attention(node, args)
+        if node.op == "call_module":
+            args = (owner.get_submodule(str(node.target)), *args)
+        bodies = [index for index, argument in enumerate(args) if isinstance(argument, fx.GraphModule)]
+        inlined = name in _INLINED or node.op == "call_module"
+        if not inlined or len(bodies) != 1:
+            return self._from_metadata(node, name)
+        entered = self._autocast(_AUTOCAST_ENTER, args[:4]) if name == "wrap_with_autocast" else None
+        result = self._interpret_body(args[bodies[0]], args[bodies[0] + 1 :])
+        if entered is not None:
+            self._autocast(_AUTOCAST_EXIT, (entered,))
         return result
+
+    def _interpret_body(self, body: fx.GraphModule, operands: tuple[Any, ...]) -> Any:
+        remaining = iter(operands)
+        for node in body.graph.nodes:
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], self._env.__getitem__)
+            self._set(node, next(remaining) if node.op == "placeholder" else self._run_node(node, body))
+        return None
+
+    def _flex_attention(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
+        query, key, value = (self._mode.axes_of(tensor) for tensor in args[:3])
+        self._mode.note_attention(query[-2], key[-2], [])
+        axes = {4: (*query[:-1], value[-1]), 3: query[:-1]}  # the output, and its statistics
+        return tree_map(
+            lambda v: self._fresh(v, axes.get(v.dim(), unknown_axes(v))) if isinstance(v, torch.Tensor) else v,
+            node_value(node),
+        )
 
     def _placeholder(self, node: fx.Node) -> Any:
         if "example_value" not in node.meta and "val" not in node.meta:
@@ -150,8 +192,8 @@ class _Interpreter:
         axes = constant_axes(value) if constant else tuple(single({node.name}, size) for size in value.shape)
         return self._fresh(value, axes)
 
-    def _attribute(self, target: str) -> Any:
-        value: Any = self._gm
+    def _attribute(self, target: str, owner: torch.nn.Module) -> Any:
+        value: Any = owner
         for name in target.split("."):
             value = getattr(value, name)
         return self._fresh(value, constant_axes(value)) if isinstance(value, torch.Tensor) else value
@@ -161,27 +203,6 @@ class _Interpreter:
         tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
         self._mode.set_axes(tensor, axes)
         return self._shared_tensor(tensor) if self._share else tensor
-
-    def _call(self, node: fx.Node) -> Any:
-        value = node_value(node)
-        if isinstance(value, _SCALAR):
-            return value  # the symbols of the graph itself, where running the node could make new ones
-        name = getattr(node.target, "__name__", str(node.target))
-        if name.startswith(_WITHOUT_RESULT) and not node.users:
-            return None
-        args: tuple[Any, ...] = tuple(fx.node.map_arg(argument, self._env.__getitem__) for argument in node.args)
-        kwargs: dict[str, Any] = {k: fx.node.map_arg(v, self._env.__getitem__) for k, v in node.kwargs.items()}
-        if node.target is operator.getitem and not isinstance(args[0], torch.Tensor):
-            return args[0][args[1]]
-        if node.target is _AUTOCAST_ENTER:
-            self._autocasts.append((_AUTOCAST_ENTER(*args), args))
-            return self._autocasts[-1][0]
-        if node.target is _AUTOCAST_EXIT:
-            self._autocasts = [entry for entry in self._autocasts if entry[0] is not args[0]]
-            return _AUTOCAST_EXIT(*args)
-        if isinstance(node.target, HigherOrderOperator) or node.op == "call_module":
-            return self._from_metadata(node, name)
-        return self._compute(node, args, kwargs)
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = self._key(node, args, kwargs)

@@ -6,21 +6,24 @@ import sympy
 import torch
 
 from svg2_compile.passes.axes import (
+    NO_SOURCES,
     ONE,
     UNKNOWN,
     Axes,
     Axis,
     add_sources,
+    blended_sources,
     constant,
     cut,
     interleave,
     resample,
     same_length,
-    uniform_sources,
+    single,
     union,
     union_all,
 )
-from svg2_compile.passes.op_call import OpCall, RuleTable, fit, is_constant, sizes_of, sources_of, table
+from svg2_compile.passes.layout_rules_join import interspersed
+from svg2_compile.passes.op_call import OpCall, RuleTable, fit, sizes_of, table
 
 
 def repeat_interleaved(call: OpCall) -> list[Axes]:
@@ -37,8 +40,8 @@ def repeat_interleaved(call: OpCall) -> list[Axes]:
 
 
 def looked_up(axis: Axis, index: Axis) -> Axis:
-    """The positions of an index tensor that point into `axis`: unknown where they could mix segments."""
-    sources = uniform_sources(axis)
+    """The positions of an index tensor that point into `axis`; mixed where that has a boundary."""
+    sources = blended_sources(axis)
     return UNKNOWN if sources is None else add_sources(index, sources)
 
 
@@ -102,9 +105,15 @@ def _masked(call: OpCall, axes: Axes, indices: list[torch.Tensor | None]) -> Axe
 
 def _gathered_from(axes: list[Axis], length: int | torch.SymInt) -> list[Axis]:
     """One axis of positions picked from all of `axes` together."""
-    if any(uniform_sources(axis) is None for axis in axes):
-        return [UNKNOWN]
-    return [resample(add_sources(constant(length), sources_of(axes)), length)]
+    sources = _blended(axes)
+    return [UNKNOWN if sources is None else single(sources, length)]
+
+
+def _blended(axes: list[Axis]) -> frozenset[str] | None:
+    """The sources of positions taken from anywhere on any of `axes`; None where one is unknown."""
+    blended = [blended_sources(axis) for axis in axes]
+    known = [sources for sources in blended if sources is not None]
+    return NO_SOURCES.union(*known) if len(known) == len(blended) else None
 
 
 def picked_by_mask(call: OpCall) -> list[Axes]:
@@ -114,22 +123,12 @@ def picked_by_mask(call: OpCall) -> list[Axes]:
     return [(*_gathered_from(axes, output.shape[0]), *(constant(size) for size in output.shape[1:]))]
 
 
-def scattered(call: OpCall) -> list[Axes]:
-    """`scatter`, `index_copy`, `index_add`, `index_fill`: known only where constants are written."""
-    axes = call.axes("self")
-    sources = [call.axes(n) for n in ("index", "src", "source") if isinstance(call.args.get(n), torch.Tensor)]
-    if all(is_constant(source) for source in sources):
-        return [axes]
-    return [tuple(UNKNOWN for _ in axes)]
-
-
-def index_put(call: OpCall) -> list[Axes]:
-    """`index_put`, `masked_scatter`: the indexed axes stay known only where constants are written."""
-    axes = call.axes("self")
-    others = [call.axes_of(t) for t in call.tensors() if t is not call.args["self"]]
-    if all(is_constant(other) for other in others):
-        return [axes]
-    return [tuple(UNKNOWN for _ in axes)]
+def written_anywhere(call: OpCall) -> list[Axes]:
+    """`scatter`, `index_copy`, `index_put`, `masked_scatter`: written at places that only the run knows."""
+    others = [axis for tensor in call.tensors() if tensor is not call.args["self"] for axis in call.axes_of(tensor)]
+    sources = _blended(others)
+    pairs = zip(call.axes("self"), call.sizes("self"), strict=True)
+    return [tuple(interspersed(axis, sources, size) for axis, size in pairs)]
 
 
 INDEX_RULES: RuleTable = {
@@ -138,6 +137,6 @@ INDEX_RULES: RuleTable = {
     **table("gather", gathered),
     **table("index _unsafe_index", indexed),
     **table("masked_select nonzero", picked_by_mask),
-    **table("scatter scatter_add scatter_reduce index_copy index_add index_fill", scattered),
-    **table("index_put _unsafe_index_put _index_put_impl masked_scatter", index_put),
+    **table("scatter scatter_add scatter_reduce index_copy index_add index_fill", written_anywhere),
+    **table("index_put _unsafe_index_put _index_put_impl masked_scatter", written_anywhere),
 }

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sympy
 
 from svg2_compile.passes.axes import (
+    MIXED,
     ONE,
     UNKNOWN,
     Axes,
+    Axis,
+    blended_sources,
     concat,
     constant,
     cut,
@@ -15,7 +18,6 @@ from svg2_compile.passes.axes import (
     resample,
     single,
     size_expr,
-    uniform_sources,
     union,
     union_all,
 )
@@ -134,11 +136,24 @@ def replaced(axes: Axes, source: Axes, dim: int, start: sympy.Expr, length: symp
 
 def replaced_by_step(axes: Axes, source: Axes, dim: int, size: sympy.Expr) -> Axes:
     """`axes` after every n-th position of `dim` was overwritten; aligned on the other axes."""
-    old, new = uniform_sources(axes[dim]), uniform_sources(source[dim])
-    mixes = old is None or new is None or (old != new and bool(old))
-    overwritten = UNKNOWN if mixes or new is None else single(new, size)
     pairs = enumerate(zip(axes, source, strict=True))
-    return tuple(overwritten if d == dim else union(axis, other) for d, (axis, other) in pairs)
+    return tuple(
+        interspersed(axis, blended_sources(other), size) if d == dim else union(axis, other)
+        for d, (axis, other) in pairs
+    )
+
+
+def interspersed(axis: Axis, new: frozenset[str] | None, size: sympy.Expr) -> Axis:
+    """An axis after positions of sources `new` (None = unknown) were written to some places of it.
+
+    Constants that are written, or overwritten, count as nothing.
+    """
+    old = blended_sources(axis)
+    if old is None or new is None:
+        return UNKNOWN
+    if not new or old == new:
+        return axis
+    return single(old | new | {MIXED} if old else new, size)
 
 
 def select_scattered(call: OpCall) -> list[Axes]:

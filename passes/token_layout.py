@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from svg2_compile.passes.axes import Axes, Factor, collapse
+from svg2_compile.passes.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Segment, collapse, make_axis
 from svg2_compile.passes.latent_inputs import find_latent
 from svg2_compile.passes.layout_interpreter import interpret
 from svg2_compile.passes.layout_mode import AttentionAxes
@@ -46,7 +46,8 @@ class TokenLayouts:
     def segments(self, node: fx.Node, dim: int) -> Factor | None:
         """Axis `dim` of the tensor of `node` as one concatenation; None where that is unknown or not expressible."""
         axes = self.axes.get(node)
-        return None if axes is None else collapse(axes[dim])
+        factor = None if axes is None else collapse(axes[dim])
+        return None if factor is None or any(MIXED in segment.sources for segment in factor) else factor
 
 
 def analyse_token_layout(gm: fx.GraphModule, parameters: Collection[str] | None = None) -> TokenLayouts:
@@ -59,4 +60,25 @@ def analyse_token_layout(gm: fx.GraphModule, parameters: Collection[str] | None 
     """
     found = interpret(gm, parameters)
     latent = find_latent(gm, found)
-    return TokenLayouts(found.axes, latent, found.inputs, tuple(found.attentions), found.unruled_ops)
+    settled: dict[Axis, Axis] = {}
+
+    def settle(axis: Axis) -> Axis:
+        if axis not in settled:
+            settled[axis] = _settle(axis, latent)
+        return settled[axis]
+
+    axes = {node: tuple(map(settle, tensor_axes)) for node, tensor_axes in found.axes.items()}
+    attentions = tuple(
+        AttentionAxes(settle(a.query), settle(a.key), a.mask_sources - {MIXED}) for a in found.attentions
+    )
+    return TokenLayouts(axes, latent, found.inputs, attentions, found.unruled_ops)
+
+
+def _settle(axis: Axis, latent: frozenset[str]) -> Axis:
+    """The axis for those who ask what is video: mixed segments are context without the latent, and unknown with it."""
+    mixed = [segment for factor in axis.factors or () for segment in factor if MIXED in segment.sources]
+    if not mixed:
+        return axis
+    if any(segment.sources & latent for segment in mixed):
+        return UNKNOWN
+    return make_axis(tuple(Segment(s.sources - {MIXED}, s.length) for s in factor) for factor in axis.factors or ())

@@ -1,0 +1,40 @@
+"""What the metadata of a graph says about its nodes: fake values, parameters, the fake mode.
+
+Both dialects are read: Dynamo keeps a node's fake value as `example_value`, torch.export as `val`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+
+def node_value(node: fx.Node) -> Any:
+    """The example value of a node: a fake tensor, a symbolic number, a tuple of them, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a placeholder is a parameter, buffer or other attribute of a module, by its metadata."""
+    if isinstance(node_value(node), (torch.nn.Parameter, torch.nn.Buffer)):
+        return True
+    source = getattr(node, "_dynamo_source", None)
+    if source is not None:
+        guard_source = source.guard_source() if callable(source.guard_source) else source.guard_source
+        return bool(guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module())
+    if "example_value" in node.meta:
+        return "_parameters_" in node.name or "_buffers_" in node.name
+    return node.name.startswith(("p_", "b_", "c_"))
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
+    """The fake mode of the graph's metadata; a new one where no node has a tensor."""
+    for node in gm.graph.nodes:
+        for value in tree_leaves(node_value(node)):
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
