@@ -99,10 +99,7 @@ def inspect_exported(path: Path, options: Mapping[str, Any] | None = None) -> Re
     module = program.module()
     assert isinstance(module, torch.fx.GraphModule)
     compilation = run_passes(Compilation(copy_graph_module(module), config, device_of(module)), ANALYSES)
-    assert compilation.time_inputs is not None
-    graph = GraphReport(
-        path.name, bool(compilation.regional), compilation.time_inputs.kind, dict(compilation.pass_seconds)
-    )
+    graph = GraphReport(path.name, bool(compilation.regional), compilation.time_kind, dict(compilation.pass_seconds))
     return Report(sites=describe(compilation.decisions), graphs=[graph])
 
 

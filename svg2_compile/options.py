@@ -40,13 +40,14 @@ class Spec:
     """What one option accepts.
 
     kinds: any of "bool", "int", "float", "str"; tried in this order.
-    int_range, float_range: lowest and highest value; a float range may exclude an end.
+    int_min: the lowest integer.
+    float_range: lowest and highest number; ``excluded`` takes ends out of it.
     choices: the words accepted, for options that accept words.
     optional: whether None is a value ("none" is, in a string).
     """
 
     kinds: tuple[str, ...]
-    int_range: tuple[int, float] = (0, math.inf)
+    int_min: int = 0
     float_range: tuple[float, float] = (0.0, 1.0)
     excluded: tuple[float, ...] = ()
     choices: tuple[str, ...] = ()
@@ -59,8 +60,7 @@ class Spec:
         if "bool" in self.kinds:
             parts.append("True or False")
         if "int" in self.kinds:
-            low, high = self.int_range
-            parts.append(f"an integer >= {low}" if math.isinf(high) else f"an integer from {low} to {high:g}")
+            parts.append(f"an integer >= {self.int_min}")
         if "float" in self.kinds:
             low, high = self.float_range
             left = "(" if low in self.excluded else "["
@@ -82,10 +82,10 @@ SPECS: Mapping[str, Spec] = {
     "top_p": Spec(("float",)),
     "density": Spec(("float",), excluded=(0.0,), optional=True),
     "min_k_ratio": Spec(("float",)),
-    "num_q_clusters": Spec(("int",), int_range=(1, math.inf), optional=True),
-    "num_k_clusters": Spec(("int",), int_range=(1, math.inf), optional=True),
-    "init_iters": Spec(("int",), int_range=(1, math.inf)),
-    "step_iters": Spec(("int",), int_range=(1, math.inf)),
+    "num_q_clusters": Spec(("int",), int_min=1, optional=True),
+    "num_k_clusters": Spec(("int",), int_min=1, optional=True),
+    "init_iters": Spec(("int",), int_min=1),
+    "step_iters": Spec(("int",), int_min=1),
     "dense_steps": _COUNT_OR_FRACTION,
     "dense_layers": _COUNT_OR_FRACTION,
     "min_tokens": Spec(("int", "str"), choices=("auto",)),
@@ -168,8 +168,7 @@ def _parse_int(value: Any, spec: Spec) -> int | None:
             return None
     if not isinstance(value, int) or isinstance(value, bool):
         return None
-    low, high = spec.int_range
-    return value if low <= value <= high else None
+    return value if value >= spec.int_min else None
 
 
 def _parse_float(value: Any, spec: Spec) -> float | None:

@@ -169,7 +169,7 @@ def test_sparsity_policy_copies_the_settings() -> None:
 
 
 def test_cache_key_covers_every_setting() -> None:
-    changed = {
+    changed: dict[str, Any] = {
         "preset": "ltx:turbo",
         "top_p": 0.5,
         "density": 0.5,
