@@ -160,12 +160,14 @@ def test_inner_backend_and_mode() -> None:
         Svg2Config(inner_backend="svg2")
 
 
-def test_sparsity_policy_copies_the_settings() -> None:
-    config = Svg2Config(top_p=0.7, compensation="centroid", routing="error", density=0.5)
-    policy = config.sparsity_policy()
-    copied = {item.name: getattr(policy, item.name) for item in dataclasses.fields(policy)}
-    assert copied.items() <= config.to_dict().items()
-    assert {"top_p", "density", "compensation", "routing"} <= copied.keys()
+def test_policies_copy_the_settings() -> None:
+    config = Svg2Config(top_p=0.7, compensation="centroid", routing="error", density=0.5, min_tokens=12)
+    for policy in (config.sparsity_policy(), config.site_policy()):
+        copied = {item.name: getattr(policy, item.name) for item in dataclasses.fields(policy)}
+        assert copied.items() <= config.to_dict().items()
+        assert {"top_p", "density"} <= copied.keys()
+    assert config.site_policy().min_tokens == 12
+    assert config.sparsity_policy().routing == "error"
 
 
 def test_cache_key_covers_every_setting() -> None:
