@@ -34,7 +34,15 @@ def is_parameter(node: fx.Node) -> bool:
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     """The fake mode of the graph's metadata; a new one where no node has a tensor."""
     for node in gm.graph.nodes:
-        for value in tree_leaves(node_value(node)):
-            if isinstance(value, FakeTensor):
-                return value.fake_mode
+        mode = fake_mode_of_values(node_value(node))
+        if mode is not None:
+            return mode
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_mode_of_values(values: Any) -> FakeTensorMode | None:
+    """The fake mode of the first fake tensor among ``values`` (any nesting); None where there is none."""
+    for value in tree_leaves(values):
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None

@@ -15,6 +15,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from svg2_compile.passes.fake_values import fake_mode_of_values, node_value
+
 __all__ = ["GraphBuilder", "copy_graph_module", "fake_mode_of", "metadata_key"]
 
 # What a node inserted next to another inherits from it: where in the user's model it comes from.
@@ -30,13 +32,9 @@ def metadata_key(graph: fx.Graph) -> str:
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
-    """Return the FakeTensorMode that the metadata of the graph's inputs belong to, None if they carry none."""
-    key = metadata_key(graph)
-    for node in graph.nodes:
-        mode = getattr(node.meta.get(key), "fake_mode", None)
-        if isinstance(mode, FakeTensorMode):
-            return mode
-    return None
+    """Return the FakeTensorMode that the metadata of the graph belong to, None if they carry none."""
+    modes = (fake_mode_of_values(node_value(node)) for node in graph.nodes)
+    return next((mode for mode in modes if mode is not None), None)
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from svg2_compile.passes.axes import Axes, single, size_expr
@@ -202,7 +203,7 @@ class _Interpreter:
         """A new fake tensor with the metadata of `like`: in-place operators must not touch that of the graph."""
         tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
         self._mode.set_axes(tensor, axes)
-        return self._shared_tensor(tensor) if self._share else tensor
+        return tensor if _copy_number(like, tensor) or not self._share else self._shared_tensor(tensor)
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = self._key(node, args, kwargs)
@@ -222,6 +223,8 @@ class _Interpreter:
             return self._from_metadata(node, f"{node.target} ({type(error).__name__})")
         if self._mode.data_dependent:
             return self._with_symbols_of_graph(node, result)
+        if _copy_number(node_value(node), result):
+            return result
         if key is not None:
             result = tree_map(self._shared_tensor, result)
             self._results[key] = result
@@ -270,6 +273,15 @@ class _Interpreter:
             else:
                 leaves[index] = like
         return tree_unflatten(leaves, spec)
+
+
+def _copy_number(known: Any, result: Any) -> bool:
+    """Whether the graph's metadata knows the number in a tensor of one; then `item()` of `result` gives its symbol."""
+    number = known.item_memo if isinstance(known, FakeTensor) and known.dim() == 0 else None
+    if number is None or not isinstance(result, FakeTensor) or result.dim() != 0:
+        return False
+    result.item_memo = number
+    return True
 
 
 def _key_of(value: Any) -> Any:

@@ -112,7 +112,7 @@ class _SiteRewriter:
         query, key, value = self._heads_first()
         valid = None
         if self.site.key_padding is not None:
-            valid = emit_valid(build, self.site.key_padding)
+            valid = emit_valid(build, self.site.key_padding, build.size(query, 0), self.num_tokens)
 
         query_side = self._cluster("query", query, self.num_q_clusters, None)
         key_side = self._cluster("key", key, self.num_k_clusters, valid)
@@ -156,7 +156,7 @@ class _SiteRewriter:
         if self.call.axes == "bnhd":
             return self.build.call(torch.ops.aten.transpose.int, node, 1, 2)
         if self.call.axes == "gnd":
-            return self.build.call(torch.ops.aten.unsqueeze.default, node, 1)
+            return self.build.call(torch.ops.aten.unflatten.int, node, 0, [-1, self.call.num_heads or 1])
         return node
 
     def _to_dtype(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -219,7 +219,7 @@ class _SiteRewriter:
         if self.call.axes == "bnhd":
             out = build.call(torch.ops.aten.transpose.int, out, 1, 2)
         elif self.call.axes == "gnd":
-            out = build.call(torch.ops.aten.squeeze.dim, out, 1)
+            out = build.call(torch.ops.aten.flatten.using_ints, out, 0, 1)
         dense = build.value(self.call.node)
         if dense.stride() != build.value(out).stride():
             # Later nodes may view the output in a way that only the dense strides allow.

@@ -165,14 +165,13 @@ def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = N
     def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compilation = Compilation(copy_graph_module(gm), config, device_of(gm))
         run_passes(compilation, ANALYSES)
-        assert compilation.time_inputs is not None
         number = len(result.graphs)
         result.sites.extend(describe(compilation.decisions, number))
         result.graphs.append(
             GraphReport(
                 f"graph_{number}",
                 bool(compilation.regional),
-                compilation.time_inputs.kind,
+                compilation.time_kind,
                 dict(compilation.pass_seconds),
             )
         )
@@ -209,7 +208,7 @@ def _transformers(target: Any) -> dict[str, nn.Module]:
 
 
 def _repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that repeat, by path: those that a diffusers class declares, else the items of longer ModuleLists."""
+    """The blocks that repeat, by path: those that a diffusers class declares, else the composite items of ModuleLists."""
     declared = getattr(module, "_repeated_blocks", None)
     if declared:
         blocks = {path: child for path, child in module.named_modules() if type(child).__name__ in declared}
@@ -217,8 +216,9 @@ def _repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
         blocks = {
             f"{path}.{index}": block
             for path, child in module.named_modules()
-            if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(item) for item in child}) == 1
+            if isinstance(child, nn.ModuleList) and len({type(item) for item in child}) == 1
             for index, block in enumerate(child)
+            if len(list(block.children())) > 1
         }
         inner = {id(part) for block in blocks.values() for part in block.modules() if part is not block}
         blocks = {path: block for path, block in blocks.items() if id(block) not in inner}

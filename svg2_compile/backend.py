@@ -113,7 +113,6 @@ class Svg2Backend:
     def _program(
         self, name: str, c: Compilation, dense: CompiledGraph, sparse: CompiledGraph | None
     ) -> DenoisingProgram:
-        assert c.time_inputs is not None
         reports = describe(c.decisions)
         program = DenoisingProgram(
             name=name,
@@ -121,9 +120,9 @@ class Svg2Backend:
             dense=dense,
             sparse=sparse,
             spec=c.spec,
-            time_reader=TimeReader(c.time_inputs.kind, c.time_inputs.positions),
+            time_reader=TimeReader(c.time_kind, c.time_positions),
             sites=reports,
-            graph_report=GraphReport(name, bool(c.regional), c.time_inputs.kind, dict(c.pass_seconds)),
+            graph_report=GraphReport(name, bool(c.regional), c.time_kind, dict(c.pass_seconds)),
         )
         self._say_what_stays_dense(reports)
         return program

@@ -34,7 +34,7 @@ def inspect_class(
     video: VideoShape | None = None,
     inputs: Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
 ) -> Report:
     """Report on a model class.
 
@@ -54,7 +54,10 @@ def inspect_class(
     cls = _load_class(path)
     arguments = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        module = _build(cls, arguments).to(dtype).eval()
+        module = _build(cls, arguments).eval()
+        if dtype != torch.float32:
+            # Not module.to: diffusers overrides it to warn about modules that stay in float32 in real use.
+            nn.Module.to(module, dtype)
         given = {name: parse_input(name, text) for name, text in (inputs or {}).items()}
         try:
             found = find_inputs(module, _full_config(module, cls, arguments), video or VideoShape(), given, dtype)

@@ -17,7 +17,7 @@ from svg2_compile.passes.decide_sites import Site, Skip, decide_sites
 from svg2_compile.passes.find_attention import AttentionCall, UnreadableAttention, find_attention
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.sparsify import SparseSite, sparsify
-from svg2_compile.passes.time_inputs import TimeInputs, find_time_inputs
+from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
 
 log = get_logger()
@@ -40,13 +40,24 @@ class Compilation:
     regional: bool | None = None
     name: str = "graph"
     layouts: TokenLayouts | None = None
-    time_inputs: TimeInputs | None = None
+    time_inputs: tuple[TimeInput, ...] = ()
     calls: list[AttentionCall] = field(default_factory=list)
     unreadable: list[UnreadableAttention] = field(default_factory=list)
     decisions: list[Site | Skip] = field(default_factory=list)
     sparse_sites: list[SparseSite] = field(default_factory=list)
     spec: StateSpec | None = None
     pass_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def time_kind(self) -> str:
+        """How time enters the graph: "timestep", "modulation", or "none"."""
+        return self.time_inputs[0].kind if self.time_inputs else "none"
+
+    @property
+    def time_positions(self) -> list[int]:
+        """The positions of the time inputs among the graph's inputs."""
+        names = {found.name for found in self.time_inputs}
+        return [i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder")) if node.name in names]
 
     @property
     def sites(self) -> list[Site]:
@@ -72,10 +83,10 @@ def _find_attention(c: Compilation) -> None:
 
 def _find_time_inputs(c: Compilation) -> None:
     assert c.layouts is not None
-    c.time_inputs = find_time_inputs(c.gm, c.layouts)
+    c.time_inputs = modulation_inputs(c.layouts, c.gm)
     if c.regional is None:
-        # A block compiled alone sees no timestep, and holds one or two attentions over the video.
-        c.regional = c.time_inputs.kind != "timestep" and len(c.calls) <= MOST_ATTENTIONS_OF_A_BLOCK
+        # A block compiled alone sees no timestep, and holds a few attentions.
+        c.regional = c.time_kind != "timestep" and len(c.calls) <= MOST_ATTENTIONS_OF_A_BLOCK
 
 
 def _decide_sites(c: Compilation) -> None:

@@ -56,13 +56,16 @@ class TimeReader:
 
     def read(self, args: Sequence[Any]) -> TimeReading:
         """The reading of this call; ``reads`` counts the host reads, which tells model calls apart."""
-        tensors = [args[position] for position in self.positions if isinstance(args[position], torch.Tensor)]
+        inputs = [args[position] for position in self.positions]
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor) and value.numel()]
+        numbers = tuple(float(value) for value in inputs if isinstance(value, (int, float)))
         if not tensors:
-            return TimeReading(self.kind, ())
+            self.reads += 1
+            return TimeReading(self.kind, numbers)
         # A block compiled alone is handed one tensor object for all layers of a model call: reading it once is enough.
         # A timestep is read at every call, which is once per model call: users may refill one tensor in place.
         if self.kind == "timestep" or not self._same(tensors):
-            self._reading = TimeReading(self.kind, self._host_read(tensors))
+            self._reading = TimeReading(self.kind, numbers + self._host_read(tensors))
             self._seen = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
             self.reads += 1
         return self._reading
@@ -79,11 +82,9 @@ class TimeReader:
         with torch.no_grad():
             if self.kind == "timestep":
                 # Image-to-video models give clean frames the timestep 0: the largest is the schedule's.
-                samples = [tensor.detach().to(torch.float64).amax().reshape(1) for tensor in tensors if tensor.numel()]
+                samples = [tensor.detach().to(torch.float64).amax().reshape(1) for tensor in tensors]
             else:
-                samples = [_sample(tensor.detach()) for tensor in tensors if tensor.numel()]
-            if not samples:
-                return ()
+                samples = [_sample(tensor.detach()) for tensor in tensors]
             return tuple(torch.cat(samples).tolist())
 
 

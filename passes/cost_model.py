@@ -1,0 +1,122 @@
+"""What an attention costs dense and sparse, in seconds, as sympy expressions over token counts.
+
+The floor is counted (FLOPs of the matrix products, bytes of the permutations); what a device makes of it is a
+DeviceProfile. The model decides only whether an attention is worth rewriting, so it needs to be right about the
+crossover, not about the third digit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+__all__ = ["CPU", "CostInputs", "DeviceProfile", "crossover_tokens", "dense_seconds", "expected_density", "profile_for"]
+__all__ += ["sparse_seconds", "speedup"]
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """Throughputs of one kind of device.
+
+    dense_flops, sparse_flops: FLOP/s of dense and block-sparse attention on useful work. kmeans_flops: FLOP/s of the
+    assignment. bandwidth: bytes/s of the permutations. head_overhead, call_overhead: seconds per (batch, head) and
+    per rewritten attention. source: where the figures come from.
+    """
+
+    name: str
+    dense_flops: float
+    sparse_flops: float
+    kmeans_flops: float
+    bandwidth: float
+    head_overhead: float
+    call_overhead: float
+    source: str
+
+
+CPU = DeviceProfile("cpu", 1.0e11, 0.8e11, 0.5e11, 4e9, 1.5e-3, 1e-3, "measured by bench/cpu_attention on 2 cores")
+_GPUS = {
+    8: DeviceProfile("sm_80", 1.9e14, 1.2e14, 1.0e14, 1.2e12, 2e-6, 6e-5, "estimate, not measured"),
+    9: DeviceProfile("sm_90", 6.0e14, 4.0e14, 3.0e14, 2.5e12, 1e-6, 6e-5, "estimate, not measured"),
+}
+
+# (top_p, density): published mean densities of SVG2 (algorithm: SVG2 0.9 -> 25-32 %, SVG2-Turbo 0.7 -> 13-14 %).
+_DENSITY_BY_TOP_P = ((0.0, 0.05), (0.7, 0.14), (0.85, 0.25), (0.9, 0.30), (0.95, 0.45), (1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class CostInputs:
+    """One attention. video, context: tokens; ints or sympy. groups: batch * query heads. iters: k-means iterations."""
+
+    video: Any
+    context: Any
+    groups: Any
+    head_dim: int
+    num_q_clusters: Any
+    num_k_clusters: Any
+    iters: int
+    density: float
+    bytes_per_element: int = 2
+
+
+def profile_for(device: torch.device) -> DeviceProfile:
+    """The profile of a device. Unknown GPUs count as the oldest known kind."""
+    if device.type != "cuda":
+        return CPU
+    major = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 9
+    return _GPUS[min(max(major, min(_GPUS)), max(_GPUS))]
+
+
+def expected_density(top_p: float, density: float | None, min_k_ratio: float) -> float:
+    """The density to expect before anything has run: the budget if there is one, else interpolated in top_p."""
+    if density is not None:
+        return density
+    for (low_p, low), (high_p, high) in zip(_DENSITY_BY_TOP_P, _DENSITY_BY_TOP_P[1:], strict=False):
+        if top_p <= high_p:
+            share = (top_p - low_p) / (high_p - low_p)
+            return max(min_k_ratio, low + share * (high - low))
+    return 1.0
+
+
+def dense_seconds(cost: CostInputs, profile: DeviceProfile) -> Any:
+    """4 N^2 D FLOPs per (batch, head)."""
+    tokens = cost.video + cost.context
+    return 4 * cost.groups * tokens**2 * cost.head_dim / profile.dense_flops
+
+
+def sparse_seconds(cost: CostInputs, profile: DeviceProfile) -> Any:
+    """k-means, permutation of Q, K, V and O, the selected blocks, and what every call costs."""
+    tokens = cost.video + cost.context
+    clusters = cost.num_q_clusters + cost.num_k_clusters
+    kmeans = 2 * cost.groups * cost.iters * cost.video * clusters * cost.head_dim / profile.kmeans_flops
+    permute = 8 * cost.groups * tokens * cost.head_dim * cost.bytes_per_element / profile.bandwidth
+    pairs = cost.density * cost.video**2 + 2 * cost.video * cost.context + cost.context**2
+    attend = 4 * cost.groups * pairs * cost.head_dim / profile.sparse_flops
+    return kmeans + permute + attend + cost.groups * profile.head_overhead + profile.call_overhead
+
+
+def speedup(cost: CostInputs, profile: DeviceProfile) -> Any:
+    """Predicted time of dense over sparse attention."""
+    return dense_seconds(cost, profile) / sparse_seconds(cost, profile)
+
+
+def crossover_tokens(cost: CostInputs, profile: DeviceProfile) -> int | None:
+    """The number of video tokens from which sparse is faster, all else as in ``cost``; None if it never is.
+
+    The cluster counts are taken as they are: close to the crossover they hardly move it.
+    """
+    video = sympy.Symbol("video", positive=True)
+    at = CostInputs(**{**cost.__dict__, "video": video})
+    gain = sympy.lambdify(video, dense_seconds(at, profile) - sparse_seconds(at, profile), "math")
+    low, high = 1, 1 << 24
+    if gain(high) <= 0:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if gain(middle) > 0:
+            high = middle
+        else:
+            low = middle + 1
+    return low
