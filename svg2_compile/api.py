@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from svg2_compile.backend import Svg2Backend, device_of, sessions
 from svg2_compile.clock import SchedulerClock, TimestepClock
@@ -148,7 +149,8 @@ def report(target: Any = None) -> Report:
 def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """Say what the compiler would do with every attention of ``module``, without running anything sparse.
 
-    The module is traced with the given inputs, which runs it once densely.
+    The module is traced with the given inputs, which runs it once densely. Under FakeTensorMode (weights and inputs
+    without memory) that stops where the model asks for the value of a tensor; the report then says so.
 
     Args:
         module: the model, or one of its blocks.
@@ -179,8 +181,16 @@ def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = N
 
     counters = torch._dynamo.utils.counters["graph_break"]
     before = dict(counters)
-    with torch.no_grad(), _dynamo_settings():
-        torch.compile(module._call_impl, backend=analyse)(*args, **kwargs)
+    try:
+        with torch.no_grad(), _dynamo_settings():
+            torch.compile(module._call_impl, backend=analyse)(*args, **kwargs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        if not result.graphs:
+            raise
+        result.notes.append(
+            f"The run after the first {len(result.graphs)} graph(s) needs the values of tensors ({error}), which fake "
+            "tensors do not have: attentions after a graph break are missing here."
+        )
     result.graph_breaks = [reason for reason, count in counters.items() if count > before.get(reason, 0)]
     return result
 
