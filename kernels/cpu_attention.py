@@ -1,7 +1,9 @@
 """Block-sparse attention on the CPU: gather the keys that a query block selected, then ATen's fused attention.
 
-Keys of one head are gathered into one contiguous run per query block (4 % of the time of the attention that follows),
-so the work inside is the same dense kernel that scaled_dot_product_attention uses, at the same rate, over fewer keys.
+Keys of one head are gathered into one contiguous run per query block, so the work inside is the same dense kernel that
+scaled_dot_product_attention uses, over fewer keys. That kernel shares out whole blocks of query rows among threads,
+too few of them in one cluster to keep every core busy; so the keys are cut into equal parts, one per thread, and the
+partial results are merged by their log-sum-exp. The mean keys of compensation are keys with a bias in the same call.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NUM_EXTRA_BLOCKS = 2  # context and null
+MIN_KEYS_PER_PART = 128  # below this, merging costs more than an idle core
+GOOD_BALANCE = 0.95  # share of the threads' time that is work, from which cutting the keys cannot pay
 
 
 class RowGroup(NamedTuple):
@@ -41,20 +44,15 @@ def block_sparse_attention(
     _check_offset_contents("k_offsets", k_offsets, key.shape[2])
     out = query.new_zeros(batch, q_heads, num_queries, value.shape[3])
     lse = query.new_full((batch, q_heads, num_queries), -math.inf, dtype=torch.float32)
+    group = q_heads // max(kv_heads, 1)
     for b in range(batch):
         for g in range(kv_heads):
-            head_keys = HeadKeys(
-                _as_float_rows(key[b, g]),
-                _as_float_rows(value[b, g]),
-                k_offsets[b, g],
-                None if k_centroids is None else k_centroids[b, g],
-                None if v_centroids is None else v_centroids[b, g],
-            )
-            for h in range(g * (q_heads // kv_heads), (g + 1) * (q_heads // kv_heads)):
-                for group in _row_groups(q_offsets[b, h].tolist(), block_map[b, h]):
-                    result = head_keys.attend(_as_float_rows(query[b, h, group.rows]), group.selected, scale)
-                    if result is not None:
-                        out[b, h, group.rows], lse[b, h, group.rows] = result
+            means = None
+            if k_centroids is not None and v_centroids is not None:
+                means = (k_centroids[b, g], v_centroids[b, g])
+            keys = HeadKeys(key[b, g], value[b, g], k_offsets[b, g], means)
+            for h in range(g * group, (g + 1) * group):
+                _attend_head(query[b, h], keys, q_offsets[b, h], block_map[b, h], scale, out[b, h], lse[b, h])
     return out, lse
 
 
@@ -101,67 +99,117 @@ def _row_groups(q_bounds: list[int], block_map: Tensor) -> Iterator[RowGroup]:
             first = position
 
 
+def _attend_head(
+    query: Tensor, keys: HeadKeys, q_offsets: Tensor, block_map: Tensor, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Write out [Nq, Dv] and lse [Nq] of one head; rows without any key are left as they are."""
+    query = _as_float_rows(query)
+    has_keys = torch.zeros_like(lse, dtype=torch.bool)
+    for group in _row_groups(q_offsets.tolist(), block_map):
+        result = keys.attend(query[group.rows], group.selected, scale)
+        if result is not None:
+            out[group.rows], lse[group.rows] = result
+            has_keys[group.rows] = True
+    # A row whose scores are all NaN or -inf looks masked to the fused kernel, which then returns 0 for it. Their
+    # softmax is NaN, and has to be seen.
+    vanished = has_keys & (lse == -math.inf)
+    if bool(vanished.any()):
+        out[vanished] = math.nan
+        lse[vanished] = math.nan
+
+
 class HeadKeys:
     """Keys and values of one head, and how to attend to some of their blocks."""
 
-    def __init__(
-        self, key: Tensor, value: Tensor, offsets: Tensor, k_centroids: Tensor | None, v_centroids: Tensor | None
-    ) -> None:
-        self.key = key
-        self.value = value
-        self.starts = offsets[:-1].to(torch.int64)
+    def __init__(self, key: Tensor, value: Tensor, offsets: Tensor, means: tuple[Tensor, Tensor] | None) -> None:
+        """key [n, D], value [n, Dv], offsets [C + 3]; means: the clusters' (keys [C, D], values [C, Dv]), or None."""
+        self.key = _as_float_rows(key)
+        self.value = _as_float_rows(value)
         self.sizes = offsets.diff().to(torch.int64)
-        self.k_centroids = k_centroids
-        self.v_centroids = v_centroids
+        self.block_of_key = torch.repeat_interleave(torch.arange(self.sizes.shape[0]), self.sizes)
+        self.means = means
+        # Gathered keys, mean keys and padding: one workspace for all query blocks, no page faults in each of them.
+        capacity = key.shape[0] + offsets.shape[0] + torch.get_num_threads()
+        self.gathered_key = self.key.new_empty(capacity, key.shape[1])
+        self.gathered_value = self.value.new_empty(capacity, value.shape[1])
 
     def attend(self, query: Tensor, selected: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
         """float32 query [m, D] -> (out [m, Dv], lse [m]); None where there is no key to attend to."""
-        keys, values = self._gather(selected)
-        exact = fused_attention(query, keys, values, scale) if keys.shape[0] > 0 else None
-        if self.k_centroids is None or self.v_centroids is None:
-            return exact
-        num_clusters = self.k_centroids.shape[0]
-        skipped = (~selected[:num_clusters] & (self.sizes[:num_clusters] > 0)).nonzero().squeeze(-1)
-        if skipped.shape[0] == 0:
-            return exact
-        bias = self.sizes[skipped].to(torch.float32).log()
-        approximate = fused_attention(query, self.k_centroids[skipped], self.v_centroids[skipped], scale, bias)
-        return approximate if exact is None else merge_partial_softmax(exact, approximate)
+        index = selected[self.block_of_key].nonzero().squeeze(-1)
+        skipped = self._skipped_clusters(selected)
+        num_exact, num_means = index.shape[0], skipped.shape[0]
+        if num_exact + num_means == 0:
+            return None
+        parts = key_parts(query.shape[0], num_exact + num_means, torch.get_num_threads())
+        padding = -(num_exact + num_means) % parts
+        total = num_exact + num_means + padding
+        if total == num_exact and int(index[-1] - index[0]) + 1 == total:
+            run = slice(int(index[0]), int(index[-1]) + 1)
+            return attend_to_keys(query, self.key[run], self.value[run], None, scale, parts)
+        keys, values = self.gathered_key[:total], self.gathered_value[:total]
+        torch.index_select(self.key, 0, index, out=keys[:num_exact])
+        torch.index_select(self.value, 0, index, out=values[:num_exact])
+        if total == num_exact:
+            return attend_to_keys(query, keys, values, None, scale, parts)
+        bias = keys.new_zeros(total)
+        means_end = num_exact + num_means
+        if self.means is not None:
+            keys[num_exact:means_end], values[num_exact:means_end] = (mean[skipped] for mean in self.means)
+            bias[num_exact:means_end] = self.sizes[skipped].to(torch.float32).log()
+        # Padding repeats a key that is attended to anyway, with weight 0.
+        keys[means_end:], values[means_end:], bias[means_end:] = keys[0], values[0], -math.inf
+        return attend_to_keys(query, keys, values, bias, scale, parts)
 
-    def _gather(self, selected: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the selected blocks, each as one contiguous run (a view where they already are one)."""
-        blocks = (selected & (self.sizes > 0)).nonzero().squeeze(-1)
-        if blocks.shape[0] == 0:
-            return self.key[:0], self.value[:0]
-        starts, sizes = self.starts[blocks], self.sizes[blocks]
-        total = int(sizes.sum())
-        first, last = int(starts[0]), int(starts[-1] + sizes[-1])
-        if last - first == total:
-            return self.key[first:last], self.value[first:last]
-        shift = starts - (sizes.cumsum(0) - sizes)  # from position in the gathered run to position in the head
-        index = torch.arange(total) + torch.repeat_interleave(shift, sizes, output_size=total)
-        return self.key.index_select(0, index), self.value.index_select(0, index)
+    def _skipped_clusters(self, selected: Tensor) -> Tensor:
+        """Indices of the clusters that compensation stands in for: not selected and not empty."""
+        if self.means is None:
+            return selected.new_empty(0, dtype=torch.int64)
+        num_clusters = self.means[0].shape[0]
+        return (~selected[:num_clusters] & (self.sizes[:num_clusters] > 0)).nonzero().squeeze(-1)
 
 
-def fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
+def key_parts(num_rows: int, num_keys: int, num_threads: int) -> int:
+    """Into how many equal parts to cut the keys so that every thread has as much to do."""
+    # Rows per unit of work in ATen's flash attention, by number of query rows.
+    rows_per_unit = 256 if num_rows >= 768 else 64 if num_rows >= 192 else 32
+    longest = math.ceil(math.ceil(num_rows / rows_per_unit) / num_threads) * rows_per_unit
+    if num_rows / (longest * num_threads) >= GOOD_BALANCE:
+        return 1
+    return max(1, min(num_threads, num_keys // MIN_KEYS_PER_PART))
+
+
+def attend_to_keys(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, parts: int
 ) -> tuple[Tensor, Tensor]:
-    """ATen's CPU flash attention: [m, D], [n, D], [n, Dv], per-key bias [n] -> out [m, Dv], lse [m]; all float32."""
+    """Attention of query [m, D] over n keys, in ``parts`` equal runs: out [m, Dv], lse [m]; all float32.
+
+    ``bias`` [n] is added to the scaled scores of each key. n must be a multiple of ``parts``.
+    """
     head_dim, value_dim = query.shape[1], value.shape[1]
     width = max(head_dim, value_dim)  # the kernel wants equal widths: zeros change neither scores nor sums
     if head_dim < width:
         query, key = (torch.nn.functional.pad(t, (0, width - head_dim)) for t in (query, key))
     if value_dim < width:
         value = torch.nn.functional.pad(value, (0, width - value_dim))
-    mask = None if bias is None else bias.expand(1, 1, query.shape[0], -1)
+    num_rows, keys_per_part = query.shape[0], key.shape[0] // parts
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[None, None], key[None, None], value[None, None], attn_mask=mask, scale=scale
+        query.expand(parts, 1, num_rows, width),
+        key.view(parts, 1, keys_per_part, width),
+        value.view(parts, 1, keys_per_part, width),
+        attn_mask=None if bias is None else bias.view(parts, 1, 1, -1).expand(-1, -1, num_rows, -1),
+        scale=scale,
     )
-    return out[0, 0, :, :value_dim], lse.flatten()
+    out, lse = out[:, 0, :, :value_dim], lse[:, 0]
+    return (out[0], lse[0]) if parts == 1 else merge_partial_softmax(out, lse)
 
 
-def merge_partial_softmax(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the union of two disjoint key sets from the (out, lse) of each."""
-    lse = torch.logaddexp(first[1], second[1])
-    out = first[0] * (first[1] - lse).exp().unsqueeze(-1)
-    return out.addcmul_(second[0], (second[1] - lse).exp().unsqueeze(-1)), lse
+def merge_partial_softmax(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint key sets from the out [p, m, Dv] and lse [p, m] of each."""
+    largest = lse.amax(dim=0)
+    weights = (lse - largest).exp_()
+    total = weights.sum(dim=0)
+    weights /= total
+    merged = out[0] * weights[0].unsqueeze(-1)
+    for part in range(1, out.shape[0]):
+        merged.addcmul_(out[part], weights[part].unsqueeze(-1))
+    return merged, total.log_().add_(largest)
