@@ -6,10 +6,11 @@ a laptop in under a minute.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def inspect_class(
     video: VideoShape | None = None,
     inputs: Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Report:
     """Report on a model class.
 
@@ -54,10 +55,8 @@ def inspect_class(
     cls = _load_class(path)
     arguments = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        module = _build(cls, arguments).eval()
-        if dtype != torch.float32:
-            # Not module.to: diffusers overrides it to warn about modules that stay in float32 in real use.
-            nn.Module.to(module, dtype)
+        with _default_dtype(dtype):
+            module = _build(cls, arguments).eval()
         given = {name: parse_input(name, text) for name, text in (inputs or {}).items()}
         try:
             found = find_inputs(module, _full_config(module, cls, arguments), video or VideoShape(), given, dtype)
@@ -182,6 +181,17 @@ def _build(cls: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
             f"{cls.__name__} cannot be built from {'the configuration' if arguments else 'its defaults'}: "
             f"{type(error).__name__}: {error}. Give its arguments with --config FILE.json."
         ) from error
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Build weights in ``dtype``. Casting them later would swap tensors, which fake ones do not allow."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _full_config(module: nn.Module, cls: type[nn.Module], arguments: Mapping[str, Any]) -> dict[str, Any]:
