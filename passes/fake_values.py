@@ -46,3 +46,12 @@ def fake_mode_of_values(values: Any) -> FakeTensorMode | None:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def copy_number(known: Any, result: Any) -> bool:
+    """Whether the graph's metadata knows the number in a tensor of one; then `item()` of `result` gives its symbol."""
+    number = known.item_memo if isinstance(known, FakeTensor) and known.dim() == 0 else None
+    if number is None or not isinstance(result, FakeTensor) or result.dim() != 0:
+        return False
+    result.item_memo = number
+    return True

@@ -1,9 +1,9 @@
 """Runs a graph on fake tensors under `LayoutMode`: placeholders, nodes and metadata on one side, axes on the other.
 
-Speed: the layers of a transformer are the same computation on the same abstract values. Tensors are therefore
-*shared*: all those with equal metadata and equal axes are one fake tensor, and a node with the arguments of an earlier
-node takes its result. The cost of a graph is that of its distinct nodes. A graph that writes in place to such a value
-runs once more, without sharing.
+Speed: the layers of a transformer are the same computation on the same abstract values, so tensors are *shared*
+(`shared_values`) and a node with the arguments of an earlier node takes its result: the cost of a graph is that of its
+distinct nodes. Values that the graph writes in place are not shared before their last write. A graph that turns out to
+write to a shared value all the same runs once more, without sharing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from svg2_compile.passes.axes import Axes, single, size_expr
-from svg2_compile.passes.fake_values import fake_mode_of, is_parameter, node_value
+from svg2_compile.passes.axes import Axes, single
+from svg2_compile.passes.fake_values import copy_number, fake_mode_of, is_parameter, node_value
+from svg2_compile.passes.in_place import last_writes
 from svg2_compile.passes.layout_mode import AttentionAxes, LayoutMode, SharedValueWritten
 from svg2_compile.passes.op_call import constant_axes, fit, sizes_of, unknown_axes
+from svg2_compile.passes.shared_values import SharedValues
 
 log = logging.getLogger(__name__)
 
@@ -67,19 +68,18 @@ def interpret(gm: fx.GraphModule, parameters: Collection[str] | None) -> Interpr
         return _Interpreter(gm, parameters, share=False).interpretation()
 
 
-class _Unshared(Exception):
-    """An argument cannot be part of a key."""
-
-
 class _Interpreter:
     def __init__(self, gm: fx.GraphModule, parameters: Collection[str] | None, share: bool) -> None:
         self._gm = gm
         self._parameters = parameters
-        self._share = share
         self._mode = LayoutMode()
+        self._values = SharedValues(self._mode) if share else None
         self._fake_mode = fake_mode_of(gm)
         self._env: dict[fx.Node, Any] = {}
-        self._shared: dict[Any, torch.Tensor] = {}
+        self._last_write = last_writes(gm.graph)
+        self._written_by: dict[fx.Node, list[fx.Node]] = {}
+        for value, writer in self._last_write.items():
+            self._written_by.setdefault(writer, []).append(value)
         self._results: dict[Any, Any] = {}
         self._autocasts: list[tuple[Any, Any]] = []
         self._found = Interpretation(unruled_ops=self._mode.unruled_ops)
@@ -92,6 +92,7 @@ class _Interpreter:
                     self._set(node, self._placeholder(node))
                 elif node.op != "output":
                     self._set(node, self._run_node(node, self._gm))
+                    self._settle_written_by(node)
         self._found.attentions = list(self._mode.attentions)
         self._found.example_of = dict(getattr(self._fake_mode.shape_env, "backed_var_to_val", {}))
         return self._found
@@ -119,9 +120,15 @@ class _Interpreter:
             self._found.axes[node] = self._mode.axes_of(value)
             self._found.sizes[node] = sizes_of(value)
 
+    def _settle_written_by(self, writer: fx.Node) -> None:
+        """Values that `writer` was the last to write to take part in sharing from here on."""
+        for node in self._written_by.get(writer, ()):
+            value = self._env[node]
+            self._set(node, self._values.canonical(value) if self._values is not None else value)
+
     def _run_node(self, node: fx.Node, owner: torch.nn.Module) -> Any:
         if node.op == "get_attr":
-            return self._attribute(str(node.target), owner)
+            return self._attribute(node, owner)
         value = node_value(node)
         if isinstance(value, _SCALAR):
             return value  # the symbols of the graph itself, where running the node could make new ones
@@ -174,7 +181,7 @@ class _Interpreter:
         self._mode.note_attention(query[-2], key[-2], [])
         axes = {4: (*query[:-1], value[-1]), 3: query[:-1]}  # the output, and its statistics
         return tree_map(
-            lambda v: self._fresh(v, axes.get(v.dim(), unknown_axes(v))) if isinstance(v, torch.Tensor) else v,
+            lambda v: self._fresh(v, axes.get(v.dim(), unknown_axes(v)), node) if isinstance(v, torch.Tensor) else v,
             node_value(node),
         )
 
@@ -191,19 +198,21 @@ class _Interpreter:
         if not isinstance(value, torch.Tensor):
             return value
         axes = constant_axes(value) if constant else tuple(single({node.name}, size) for size in value.shape)
-        return self._fresh(value, axes)
+        return self._fresh(value, axes, node)
 
-    def _attribute(self, target: str, owner: torch.nn.Module) -> Any:
+    def _attribute(self, node: fx.Node, owner: torch.nn.Module) -> Any:
         value: Any = owner
-        for name in target.split("."):
+        for name in str(node.target).split("."):
             value = getattr(value, name)
-        return self._fresh(value, constant_axes(value)) if isinstance(value, torch.Tensor) else value
+        return self._fresh(value, constant_axes(value), node) if isinstance(value, torch.Tensor) else value
 
-    def _fresh(self, like: torch.Tensor, axes: Axes) -> torch.Tensor:
+    def _fresh(self, like: torch.Tensor, axes: Axes, node: fx.Node) -> torch.Tensor:
         """A new fake tensor with the metadata of `like`: in-place operators must not touch that of the graph."""
         tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
         self._mode.set_axes(tensor, axes)
-        return tensor if _copy_number(like, tensor) or not self._share else self._shared_tensor(tensor)
+        if copy_number(like, tensor) or self._values is None or node in self._last_write:
+            return tensor
+        return self._values.canonical(tensor)
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = self._key(node, args, kwargs)
@@ -223,42 +232,25 @@ class _Interpreter:
             return self._from_metadata(node, f"{node.target} ({type(error).__name__})")
         if self._mode.data_dependent:
             return self._with_symbols_of_graph(node, result)
-        if _copy_number(node_value(node), result):
+        if copy_number(node_value(node), result):
             return result
-        if key is not None:
-            result = tree_map(self._shared_tensor, result)
+        if key is not None and self._values is not None:
+            result = tree_map(self._values.canonical, result)
             self._results[key] = result
         return result
 
     def _key(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._share:
+        if self._values is None or node in self._last_write:
             return None
-        try:
-            state = tuple(_key_of(entry[1]) for entry in self._autocasts)
-            key = (node.op, node.target, _key_of(args), _key_of(kwargs), state)
-            hash(key)
-        except (_Unshared, TypeError):
-            return None
-        return key
-
-    def _shared_tensor(self, tensor: Any) -> Any:
-        if not isinstance(tensor, torch.Tensor) or self._mode.is_shared(tensor):
-            return tensor
-        strides = tuple(size_expr(stride) for stride in tensor.stride())
-        conjugate = tensor.dtype.is_complex and tensor.is_conj()
-        axes = self._mode.axes_of(tensor)
-        key = (tuple(sizes_of(tensor)), strides, tensor.dtype, tensor.device, conjugate, axes)
-        if key not in self._shared:
-            self._mode.share(tensor)
-            self._shared[key] = tensor
-        return self._shared[key]
+        autocasts = tuple(arguments for _, arguments in self._autocasts)
+        return self._values.key(node.op, node.target, args, kwargs, autocasts)
 
     def _from_metadata(self, node: fx.Node, name: str) -> Any:
         """What the metadata says that the node yields, with unknown axes."""
         value = node_value(node)
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             self._found.unruled_ops[name] += 1
-        return tree_map(lambda v: self._fresh(v, unknown_axes(v)) if isinstance(v, torch.Tensor) else v, value)
+        return tree_map(lambda v: self._fresh(v, unknown_axes(v), node) if isinstance(v, torch.Tensor) else v, value)
 
     def _with_symbols_of_graph(self, node: fx.Node, result: Any) -> Any:
         """A result of data-dependent size has new symbols; the nodes after it know those of the graph's metadata."""
@@ -269,33 +261,8 @@ class _Interpreter:
         for index, (leaf, like) in enumerate(zip(leaves, known, strict=True)):
             if isinstance(leaf, torch.Tensor) and isinstance(like, torch.Tensor):
                 axes = zip(self._mode.axes_of(leaf), sizes_of(leaf), sizes_of(like), strict=True)
-                leaves[index] = self._fresh(like, tuple(a if old == new else fit(a, new) for a, old, new in axes))
+                new_axes = tuple(a if old == new else fit(a, new) for a, old, new in axes)
+                leaves[index] = self._fresh(like, new_axes, node)
             else:
                 leaves[index] = like
         return tree_unflatten(leaves, spec)
-
-
-def _copy_number(known: Any, result: Any) -> bool:
-    """Whether the graph's metadata knows the number in a tensor of one; then `item()` of `result` gives its symbol."""
-    number = known.item_memo if isinstance(known, FakeTensor) and known.dim() == 0 else None
-    if number is None or not isinstance(result, FakeTensor) or result.dim() != 0:
-        return False
-    result.item_memo = number
-    return True
-
-
-def _key_of(value: Any) -> Any:
-    """A hashable stand-in for an argument. Raises `_Unshared` for one that only its identity distinguishes."""
-    if isinstance(value, torch.Tensor):
-        if not LayoutMode.is_shared(value):
-            raise _Unshared
-        return ("tensor", id(value))
-    if isinstance(value, (list, tuple)):
-        return (type(value), *(_key_of(item) for item in value))
-    if isinstance(value, dict):
-        return (dict, *((name, _key_of(item)) for name, item in value.items()))
-    if isinstance(value, slice):
-        return (slice, _key_of(value.start), _key_of(value.stop), _key_of(value.step))
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return (type(value), value.node.expr)
-    return (type(value), value)

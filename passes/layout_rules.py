@@ -18,7 +18,16 @@ from functools import lru_cache
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from svg2_compile.passes.axes import ONE, UNKNOWN, Axes, Axis, constant, make_axis, resample, union, union_all
+from svg2_compile.passes.axes import (
+    ONE,
+    UNKNOWN,
+    Axes,
+    Axis,
+    constant,
+    make_axis,
+    resample,
+)
+from svg2_compile.passes.axes_union import union, union_all
 from svg2_compile.passes.layout_rules_index import INDEX_RULES
 from svg2_compile.passes.layout_rules_join import JOIN_RULES
 from svg2_compile.passes.layout_rules_view import VIEW_RULES

@@ -19,9 +19,8 @@ from svg2_compile.passes.axes import (
     resample,
     same_length,
     single,
-    union,
-    union_all,
 )
+from svg2_compile.passes.axes_union import union, union_all
 from svg2_compile.passes.layout_rules_join import interspersed
 from svg2_compile.passes.op_call import OpCall, RuleTable, fit, sizes_of, table
 

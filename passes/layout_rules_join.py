@@ -18,9 +18,8 @@ from svg2_compile.passes.axes import (
     resample,
     single,
     size_expr,
-    union,
-    union_all,
 )
+from svg2_compile.passes.axes_union import union, union_all
 from svg2_compile.passes.op_call import OpCall, RuleTable, fit, sizes_of, table
 
 

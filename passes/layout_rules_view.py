@@ -9,9 +9,9 @@ from svg2_compile.passes.axes import (
     constant,
     resample,
     tile,
-    union,
 )
 from svg2_compile.passes.axes_reshape import reshape
+from svg2_compile.passes.axes_union import union
 from svg2_compile.passes.op_call import OpCall, RuleTable, fit, sizes_of, table
 
 
