@@ -16,7 +16,6 @@ from svg2_compile.presets import load_preset
 
 if TYPE_CHECKING:
     from svg2_compile.passes.decide_sites import SitePolicy
-    from svg2_compile.passes.decide_sites import SitePolicy
     from svg2_compile.passes.sparsify import SparsityPolicy
 
 __all__ = ["ConfigError", "Svg2Config"]
@@ -133,12 +132,6 @@ class Svg2Config:
         """
         named = canonical_names(changes)
         return dataclasses.replace(self, **{name: value for name, (_, value) in named.items()})
-
-    def site_policy(self) -> SitePolicy:
-        """The part of the settings that says which attentions become sparse."""
-        from svg2_compile.passes.decide_sites import SitePolicy
-
-        return SitePolicy(**self._only(SitePolicy))
 
     def site_policy(self) -> SitePolicy:
         """The part of the settings that decides which attentions become sparse."""
