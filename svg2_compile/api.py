@@ -130,7 +130,7 @@ def enable(
 
 def disable(pipe_or_module: Any) -> None:
     """Undo ``enable``: put back exactly what was there. Does nothing where nothing was enabled."""
-    enabled = _enabled.get(pipe_or_module)
+    enabled = _enabled_of(pipe_or_module)
     if enabled is not None:
         enabled.disable()
 
@@ -261,10 +261,17 @@ def _compile_in_place(
     enabled._undo.append(undo)
 
 
+def _enabled_of(target: Any) -> Enabled | None:
+    try:
+        return _enabled.get(target)
+    except TypeError:  # nothing that can be weakly referenced or hashed was ever enabled
+        return None
+
+
 def _sessions_of(target: Any) -> list[Session]:
     if target is None:
         return sessions()
-    enabled = _enabled.get(target)
+    enabled = _enabled_of(target)
     if enabled is not None:
         return [enabled.session]
     if not isinstance(target, nn.Module):
