@@ -138,9 +138,7 @@ def compile_inner(
     """
     backend_name = resolve_inner_backend(backend_name, _device_of(example_inputs), strict=strict)
     if backend_name == "svg2":
-        raise ValueError(
-            "inner_backend='svg2' names this compiler itself. Valid: 'inductor', 'eager' ..."
-        )
+        raise ValueError("inner_backend='svg2' names this compiler itself. Valid: 'inductor', 'eager' ...")
     if backend_name == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
