@@ -7,6 +7,7 @@ crossover, not about the third digit.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,7 @@ def expected_density(top_p: float, density: float | None, min_k_ratio: float) ->
     """The density to expect before anything has run: the budget if there is one, else interpolated in top_p."""
     if density is not None:
         return density
-    for (low_p, low), (high_p, high) in zip(_DENSITY_BY_TOP_P, _DENSITY_BY_TOP_P[1:], strict=False):
+    for (low_p, low), (high_p, high) in itertools.pairwise(_DENSITY_BY_TOP_P):
         if top_p <= high_p:
             share = (top_p - low_p) / (high_p - low_p)
             return max(min_k_ratio, low + share * (high - low))

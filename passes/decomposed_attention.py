@@ -74,7 +74,10 @@ def read_decomposed(node: fx.Node) -> AttentionCall | UnreadableAttention | None
         if not _over_last_axis(node):
             raise _NotUnderstood("the softmax is not over the last axis")
         scores = _read_scores(node, weights.guards)
-        if any(user is not weights.node and user not in weights.guards for user in node.users) and weights.node is not node:
+        if (
+            any(user is not weights.node and user not in weights.guards for user in node.users)
+            and weights.node is not node
+        ):
             raise _NotUnderstood("the attention weights are used elsewhere")
         consumer = _sole_consumer(weights.node, product)
         names = ("input", "batch1", "batch2") if operator_name(scores.product) == "baddbmm" else ("batch1", "batch2")
@@ -141,7 +144,7 @@ def _unary_chain(node: Any, names: tuple[str, ...]) -> list[fx.Node] | None:
 
 def _is_zero(node: fx.Node) -> bool:
     name = operator_name(node)
-    return name in ("zeros_like", "zeros") or (name in ("full_like", "full") and node.args[1] == 0)
+    return name in ("zeros_like", "zeros") or (name in ("full_like", "full") and bool(node.args[1] == 0))
 
 
 def _read_scores(softmax: fx.Node, guards: frozenset[fx.Node]) -> _Scores:
@@ -257,8 +260,7 @@ def _leads_to_product(node: fx.Node, depth: int = 6) -> bool:
 def _has_product_above(softmax: fx.Node) -> bool:
     source = softmax.args[0] if softmax.args else None
     return isinstance(source, fx.Node) and any(
-        _leads_to_product(operand)
-        for operand in (source, *(a for a in source.args if isinstance(a, fx.Node)))
+        _leads_to_product(operand) for operand in (source, *(a for a in source.args if isinstance(a, fx.Node)))
     )
 
 

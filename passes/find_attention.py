@@ -156,7 +156,10 @@ def _read_packed(node: fx.Node) -> AttentionCall | UnreadableAttention | None:
     ragged = ("cum_seq_q", "cum_seq_k", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "window_size_left", "window_size")
     if any(arguments.get(name) is not None for name in ragged) or arguments.get("custom_mask_type", 0) != 0:
         return UnreadableAttention(
-            node, module_path(node), "unreadable", f"sequences of several lengths packed into one, or windows: {_NATIVE}"
+            node,
+            module_path(node),
+            "unreadable",
+            f"sequences of several lengths packed into one, or windows: {_NATIVE}",
         )
     return _with_several_outputs(node, "bnhd")
 

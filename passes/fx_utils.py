@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -125,5 +124,5 @@ class SizeEmitter:
         key = "example_value" if any("example_value" in n.meta for n in node.all_input_nodes) else "val"
         args, kwargs = fx.map_arg((node.args, node.kwargs), node_value)
         target = node.target
-        assert isinstance(target, Callable)  # type: ignore[arg-type]
+        assert callable(target)
         node.meta[key] = target(*args, **kwargs)

@@ -123,7 +123,7 @@ class _Placeholders:
         with self.graph.inserting_after(self._last):
             node = self.graph.placeholder(name)
         node.meta[self.key] = value
-        node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+        node._dynamo_source = ConstantSource(name)
         self._last = node
         return node
 

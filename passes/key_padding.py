@@ -139,7 +139,9 @@ def _of_where(node: fx.Node) -> float | None:
 
 def _through_copies(node: fx.Node) -> fx.Node:
     """Skip casts and moves, except a cast from bool: there the values become 0 and 1."""
-    while operator_name(node) in _COPY | _MOVE and node.args and isinstance(node.args[0], fx.Node) and not _is_bool(node):
+    while (
+        operator_name(node) in _COPY | _MOVE and node.args and isinstance(node.args[0], fx.Node) and not _is_bool(node)
+    ):
         node = node.args[0]
     return node
 

@@ -13,7 +13,8 @@ After:
     q_order, q_offsets = svg2.cluster_order(q_labels, Cq, start, N)
     k_order, k_offsets = svg2.cluster_order(k_labels, Ck, start, N, valid)
     block_map = svg2.select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_k_ratio)
-    permuted = svg2.block_sparse_attention(permute(query), permute(key), permute(value), q_offsets, k_offsets, block_map)
+    permuted = svg2.block_sparse_attention(
+        permute(query), permute(key), permute(value), q_offsets, k_offsets, block_map, scale)
     out = svg2.unpermute_tokens(permuted, q_order)
 
 Guarantees: the replaced node has the shape, dtype and strides that it had; every other node is untouched. The graph

@@ -214,11 +214,11 @@ def _transformers(target: Any) -> dict[str, nn.Module]:
         raise TypeError(
             f"pipe_or_module: {type(target).__name__} has no transformer among its components {sorted(components)}"
         )
-    return found if len(found) > 1 else {"": module for module in found.values()}
+    return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
 def _repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that repeat, by path: those that a diffusers class declares, else the composite items of ModuleLists."""
+    """The blocks that repeat, by path: those that a diffusers class declares, else composite items of ModuleLists."""
     declared = getattr(module, "_repeated_blocks", None)
     if declared:
         blocks = {path: child for path, child in module.named_modules() if type(child).__name__ in declared}
@@ -249,7 +249,7 @@ def _compile_in_place(
         with session.scope.running(module, label), _dynamo_settings():
             return compiled(*args, **kwargs)
 
-    module._compiled_call_impl = call  # type: ignore[assignment]
+    module._compiled_call_impl = call
     reference = weakref.ref(module)
     enabled._modules.append(reference)
 
@@ -276,7 +276,7 @@ def _sessions_of(target: Any) -> list[Session]:
         return [enabled.session]
     if not isinstance(target, nn.Module):
         raise TypeError(
-            f"target: expected an enabled pipeline, a module, or None; got {type(target).__name__}, which is not enabled"
+            f"target: expected an enabled pipeline, a module, or None; got {type(target).__name__}, not enabled"
         )
     return [session for session in sessions() if _serves(session, target)]
 

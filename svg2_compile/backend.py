@@ -150,9 +150,7 @@ class Svg2Backend:
 
     def _compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         config = self.config
-        return compile_inner(
-            gm, example_inputs, config.inner_backend, config.inductor_mode, strict=config.strict
-        )
+        return compile_inner(gm, example_inputs, config.inner_backend, config.inductor_mode, strict=config.strict)
 
 
 def _fake_inputs(gm: fx.GraphModule) -> list[Any]:
@@ -183,5 +181,3 @@ def _is_training(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
     )
-
-

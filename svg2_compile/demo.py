@@ -1,4 +1,4 @@
-"""``svg2 demo``: a diffusers video transformer, denoised dense and sparse with classifier-free guidance, side by side."""
+"""``svg2 demo``: a diffusers video transformer, dense and sparse side by side, with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -109,8 +109,9 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     model = demo_model(options)
     noise, prompts = _inputs(options)
     console.print(
-        f"[bold]svg2 demo[/bold]: diffusers {type(model).__name__}, {options.layers} layers, {options.tokens} video tokens, "
-        f"{options.steps} steps with guidance (random weights, so the pictures are abstract)\n"
+        f"[bold]svg2 demo[/bold]: diffusers {type(model).__name__}, {options.layers} layers, "
+        f"{options.tokens} video tokens, {options.steps} steps with guidance "
+        "(random weights, so the pictures are abstract)\n"
     )
     call = {"timestep": torch.tensor([999]), "encoder_hidden_states": prompts[0], "return_dict": False}
     settings = {"top_p": options.top_p, "min_tokens": 0, "dense_layers": 0}
@@ -137,7 +138,7 @@ def _need_extras() -> None:
         import diffusers  # noqa: F401
         from PIL import Image  # noqa: F401
     except ImportError as error:
-        raise ImportError("svg2 demo needs diffusers and Pillow: pip install 'svg2-compile[diffusers,plots]'") from error
+        raise ImportError("svg2 demo needs diffusers and Pillow: svg2-compile[diffusers,plots]") from error
 
 
 def _inputs(options: DemoOptions) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -57,7 +57,15 @@ class CallRecord:
             if tensor is not None and tensor.numel():
                 density = float(tensor.mean())
             yield SiteRecord(
-                *(qualified(self.label, site), self.video, self.step, self.context, self.layer, self.graph, self.reason),
+                *(
+                    qualified(self.label, site),
+                    self.video,
+                    self.step,
+                    self.context,
+                    self.layer,
+                    self.graph,
+                    self.reason,
+                ),
                 *(self.iters, self.seeded, density, per_head),
             )
 

@@ -26,7 +26,8 @@ def test_layers_contexts_and_shapes_are_kept_apart():
     store.put(first, (0, 128), _centroids(1))
     store.put(first, (1, 128), _centroids(2))
     store.put(second, (0, 128), _centroids(3))
-    assert [store.fetch(*place)[0].unique().item() for place in ((first, (0, 128)), (first, (1, 128)), (second, (0, 128)))] == [1, 2, 3]  # fmt: skip
+    places = ((first, (0, 128)), (first, (1, 128)), (second, (0, 128)))
+    assert [store.fetch(*place)[0].unique().item() for place in places] == [1, 2, 3]
     assert store.fetch(first, (0, 256)) is None
     assert (store.num_entries, store.num_bytes) == (3, 3 * BYTES)
 

@@ -1,7 +1,7 @@
 """Diffusers' own pipelines around small transformers with random weights: prompt embeddings in, latents out.
 
-    pipeline = build("wan")
-    latents = pipeline.run(steps=4)
+pipeline = build("wan")
+latents = pipeline.run(steps=4)
 """
 
 from __future__ import annotations
@@ -123,7 +123,13 @@ def _ltx() -> SmallPipeline:
 
 def _cogvideox() -> SmallPipeline:
     transformer = diffusers.CogVideoXTransformer3DModel(
-        **{"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 2},
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 2,
+        },
         **{"text_embed_dim": 8, "num_layers": 2, "sample_width": 16, "sample_height": 16, "sample_frames": 5},
         **{"patch_size": 2, "temporal_compression_ratio": 4, "max_text_seq_length": 8},
     )

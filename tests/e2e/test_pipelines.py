@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from tests.e2e.pipelines import PIPELINES, build
-from tests.support import IDENTITY, SELECTION, assert_close
 
 import svg2_compile
+from tests.e2e.pipelines import PIPELINES, build
+from tests.support import IDENTITY, SELECTION, assert_close
 
 
 class Interrupted(Exception):
@@ -81,7 +81,9 @@ def test_two_experts_keep_their_own_centroids():
         report = enabled.report()
     sites = {run.site.split(".")[0] for run in report.runs}
     assert sites == {"transformer", "transformer_2"}
-    cold = [(run.site.split(".")[0], run.context) for run in report.runs if not run.seeded and run.site.endswith("0.attn1")]
+    cold = [
+        (run.site.split(".")[0], run.context) for run in report.runs if not run.seeded and run.site.endswith("0.attn1")
+    ]
     assert cold == [("transformer", 0), ("transformer", 1), ("transformer_2", 0), ("transformer_2", 1)]
     assert report.store_entries == 4
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support import IDENTITY, SELECTION, TOLERANCE, assert_close, at_timestep, first_output
-from tests.zoo.models import build
 
 import svg2_compile
 from svg2_compile.kernels import ops
+from tests.support import IDENTITY, SELECTION, TOLERANCE, assert_close, at_timestep, first_output
+from tests.zoo.models import build
 
 # name -> (module paths of the attentions that must be sparse, video tokens, context tokens). Nothing else may be.
 EXPECTED = {
@@ -137,5 +137,7 @@ def test_mochi_is_whole_and_sparse_when_enabled():
     assert len(report.graphs) == 1
     # Two samples attend apart, each to its own valid text tokens.
     blocks = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
-    assert [site.name for site in report.sparse_sites] == [f"{name}{sample}" for name in blocks for sample in ("", "#2")]
+    assert [site.name for site in report.sparse_sites] == [
+        f"{name}{sample}" for name in blocks for sample in ("", "#2")
+    ]
     assert {run.graph for run in report.runs} == {"sparse"}
