@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 MIN_KEYS_PER_PART = 128  # below this, merging costs more than an idle core
+MIN_FUSED_KEYS = 64  # with fewer keys than a vector has lanes (16), the fused kernel turns NaN scores into 0
 GOOD_BALANCE = 0.95  # share of the threads' time that is work, from which cutting the keys cannot pay
 
 
@@ -104,18 +105,10 @@ def _attend_head(
 ) -> None:
     """Write out [Nq, Dv] and lse [Nq] of one head; rows without any key are left as they are."""
     query = _as_float_rows(query)
-    has_keys = torch.zeros_like(lse, dtype=torch.bool)
     for group in _row_groups(q_offsets.tolist(), block_map):
         result = keys.attend(query[group.rows], group.selected, scale)
         if result is not None:
             out[group.rows], lse[group.rows] = result
-            has_keys[group.rows] = True
-    # A row whose scores are all NaN or -inf looks masked to the fused kernel, which then returns 0 for it. Their
-    # softmax is NaN, and has to be seen.
-    vanished = has_keys & (lse == -math.inf)
-    if bool(vanished.any()):
-        out[vanished] = math.nan
-        lse[vanished] = math.nan
 
 
 class HeadKeys:
@@ -185,6 +178,10 @@ def attend_to_keys(
 
     ``bias`` [n] is added to the scaled scores of each key. n must be a multiple of ``parts``.
     """
+    if key.shape[0] < MIN_FUSED_KEYS:
+        scores = torch.mm(query, key.t()).mul_(scale)
+        scores = scores if bias is None else scores.add_(bias)
+        return torch.softmax(scores, dim=1) @ value, torch.logsumexp(scores, dim=1)
     head_dim, value_dim = query.shape[1], value.shape[1]
     width = max(head_dim, value_dim)  # the kernel wants equal widths: zeros change neither scores nor sums
     if head_dim < width:

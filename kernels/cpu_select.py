@@ -134,21 +134,43 @@ def _log_errors(
 ) -> Tensor:
     """ln sum_t |exp(s q.k_t) v_t - exp(s q.k_j) v_j|^2 for queries [m, D] and the clusters of one head: [m, Ck].
 
-    With r = exp(s q.(k_t - k_j)) the term of key t is exp(2 s q.k_j) |r v_t - v_j|^2, and
-    |r v_t - v_j|^2 = r^2 |v_t|^2 - 2 r v_t.v_j + |v_j|^2: per pair (query, key) three scalars, never a vector.
+    With d_t = s q.(k_t - k_j) and the largest of them (or 0) as shift, the sum is exp(2 s q.k_j + 2 shift) times the
+    sum of |r_t v_t - r_j v_j|^2, where r_t = exp(d_t - shift) and r_j = exp(-shift): nothing overflows. And |r_t v_t
+    - r_j v_j|^2 = r_t^2 |v_t|^2 - 2 r_t r_j v_t.v_j + r_j^2 |v_j|^2: per pair (query, key) three scalars, never a
+    vector.
     """
     num_clusters = k_centroids.shape[0]
     labels = torch.repeat_interleave(torch.arange(num_clusters), k_sizes)
-    scaled_queries = (queries * scale).t()
-    sums = queries.new_zeros(num_clusters, queries.shape[0])
+    scaled_queries = queries * scale
+    log_sums = queries.new_full((num_clusters, queries.shape[0]), -math.inf)
     tile = max(1, ERRORS_PER_TILE // queries.shape[0])
     for start in range(0, labels.shape[0], tile):
-        tokens = slice(start, min(start + tile, labels.shape[0]))
-        cluster = labels[tokens]
-        values, means = value[tokens].to(torch.float32), v_centroids.index_select(0, cluster)
-        ratio = ((key[tokens].to(torch.float32) - k_centroids.index_select(0, cluster)) @ scaled_queries).exp_()
-        cross = 2 * (values * means).sum(dim=-1, keepdim=True)
-        squares = values.square().sum(dim=-1, keepdim=True)
-        terms = (ratio * squares).sub_(cross).mul_(ratio).add_(means.square().sum(dim=-1, keepdim=True))
-        sums.index_add_(0, cluster, terms.clamp_(min=0))  # rounding can leave a small negative number
-    return sums.log_().t() + 2 * (queries * scale) @ k_centroids.t()
+        cluster = labels[start : start + tile]
+        tokens = slice(start, start + cluster.shape[0])
+        present = slice(int(cluster[0]), int(cluster[-1]) + 1)
+        tile_log_sums = _tile_log_sums(
+            (key[tokens].to(torch.float32) - k_centroids.index_select(0, cluster)) @ scaled_queries.t(),
+            value[tokens].to(torch.float32),
+            v_centroids[present],
+            cluster - cluster[0],
+        )
+        # A cluster can begin in one tile and end in a later one.
+        log_sums[present] = torch.logaddexp(log_sums[present], tile_log_sums)
+    return log_sums.t() + 2 * scaled_queries @ k_centroids.t()
+
+
+def _tile_log_sums(distance: Tensor, values: Tensor, means: Tensor, cluster: Tensor) -> Tensor:
+    """ln sum_t |exp(d_t) v_t - v_j|^2 over the tokens of each cluster in a tile: [clusters, m].
+
+    distance [t, m] is d_t and is overwritten; values [t, Dv]; means [clusters, Dv]; cluster [t] in ascending order.
+    """
+    sizes = torch.bincount(cluster, minlength=means.shape[0])
+    shift = torch.segment_reduce(distance, "max", lengths=sizes, axis=0, initial=0.0)
+    ratio = distance.sub_(shift.index_select(0, cluster)).exp_()
+    cross = (values * means.index_select(0, cluster)).sum(dim=-1, keepdim=True)
+    cross_sums = torch.zeros_like(shift).index_add_(0, cluster, ratio * cross)
+    square_sums = torch.zeros_like(shift).index_add_(0, cluster, ratio.square_().mul_(values.square().sum(-1, True)))
+    mean_ratio = (-shift).exp()
+    mean_sums = mean_ratio.square() * (sizes * means.square().sum(dim=-1)).unsqueeze(-1)
+    sums = square_sums - 2 * mean_ratio * cross_sums + mean_sums
+    return sums.clamp_(min=0).log_().add_(shift, alpha=2)  # rounding can leave a small negative number

@@ -165,10 +165,10 @@ def _visible_keys(
     key: Tensor, value: Tensor, bounds: list[int], selected: list[bool], compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys [n, D], values [n, Dv] and zero bias [n] of the selected blocks of one head."""
-    tokens = [t for j, keep in enumerate(selected) if keep for t in range(bounds[j], bounds[j + 1])]
-    index = torch.tensor(tokens, dtype=torch.int64, device=key.device)
-    keys, values = key[index].to(compute_dtype), value[index].to(compute_dtype)
-    return keys, values, keys.new_zeros(len(tokens))
+    runs = [slice(bounds[j], bounds[j + 1]) for j, keep in enumerate(selected) if keep]
+    keys = torch.cat([key[:0], *(key[run] for run in runs)]).to(compute_dtype)
+    values = torch.cat([value[:0], *(value[run] for run in runs)]).to(compute_dtype)
+    return keys, values, keys.new_zeros(keys.shape[0])
 
 
 def _skipped_clusters(

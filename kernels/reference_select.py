@@ -136,7 +136,8 @@ def _log_errors(
     """ln e_ij with e_ij = sum_t |exp(s q_i.k_t) v_t - exp(s q_i.k_j) v_j|^2, over the keys t of cluster j. [B, Hq,
     Cq, Ck].
 
-    Each exponential is taken relative to the centroid's, which is put back as a logarithm: no overflow, no underflow.
+    Exponentials are taken relative to the largest of the cluster, which is put back as a logarithm: no overflow, no
+    underflow.
     """
     batch, q_heads, num_q_clusters, _ = q_centroids.shape
     kv_heads, num_k_clusters = k_centroids.shape[1:3]
@@ -150,8 +151,10 @@ def _log_errors(
                 keys = key[b, g, bounds[j] : bounds[j + 1]].to(compute_dtype)
                 values = value[b, g, bounds[j] : bounds[j + 1]].to(compute_dtype)
                 key_mean, value_mean = k_centroids[b, g, j].to(compute_dtype), v_centroids[b, g, j].to(compute_dtype)
-                ratio = torch.exp(scale * (queries @ (keys - key_mean).T))
-                difference = ratio.unsqueeze(-1) * values - value_mean
-                relative = difference.square().sum(dim=(1, 2))
-                log_error[b, h, :, j] = relative.log() + 2 * scale * (queries @ key_mean)
+                key_scores, mean_score = scale * (queries @ keys.T), scale * (queries @ key_mean).unsqueeze(-1)
+                largest = torch.cat((key_scores, mean_score), dim=1).amax(dim=1, keepdim=True)
+                exact = torch.exp(key_scores - largest).unsqueeze(-1) * values
+                approximate = torch.exp(mean_score - largest) * value_mean
+                relative = (exact - approximate.unsqueeze(1)).square().sum(dim=(1, 2))
+                log_error[b, h, :, j] = relative.log() + 2 * largest.squeeze(-1)
     return log_error

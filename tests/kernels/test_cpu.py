@@ -1,0 +1,169 @@
+"""The CPU implementation against the oracle in float64: odd shapes, dtypes, input scales, and random problems."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from svg2_compile.kernels import cpu, reference
+from svg2_compile.kernels.cpu_attention import key_parts, merge_partial_softmax
+from tests.kernels.helpers import Problem, assert_within_budget, make_problem
+
+F64 = torch.float64
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"num_queries": 1, "num_keys": 1, "num_q_clusters": 1, "num_k_clusters": 1, "keep": 1.0},
+    "grouped heads, batch 2": {"batch": 2, "q_heads": 6, "kv_heads": 2},
+    "odd head_dim": {"head_dim": 19},
+    "value wider": {"head_dim": 8, "value_dim": 24},
+    "value narrower": {"head_dim": 24, "value_dim": 7},
+    "one cluster": {"num_q_clusters": 1, "num_k_clusters": 1},
+    "keys cut into parts": {"num_queries": 70, "num_keys": 1501, "num_q_clusters": 3, "num_k_clusters": 12},
+    "few keys kept": {"keep": 0.03},
+    "nothing kept": {"keep": 0.0},
+    "all kept": {"keep": 1.1},
+    "no queries": {"num_queries": 0},
+    "no keys": {"num_keys": 0},
+    "no batch": {"batch": 0},
+    "no heads": {"q_heads": 0, "kv_heads": 0},
+}
+
+
+def exact_and_eager(problem: Problem, compensation: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 (out, lse), and the out of the oracle in the inputs' own precision: the error any eager code makes."""
+    args = problem.args(compensation)
+    out, lse = reference.block_sparse_attention(*to_double(args), compute_dtype=F64)
+    eager, _ = reference.block_sparse_attention(*args, compute_dtype=problem.query.dtype)
+    return out, lse, eager
+
+
+def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def check_attention(problem: Problem, compensation: bool) -> None:
+    out, lse = cpu.block_sparse_attention(*problem.args(compensation))
+    assert out.dtype == problem.query.dtype
+    assert out.is_contiguous()
+    assert lse.dtype == torch.float32
+    exact_out, exact_lse, eager = exact_and_eager(problem, compensation)
+    assert_within_budget(out, exact_out, eager)
+    assert torch.equal(lse == -math.inf, exact_lse == -math.inf)
+    finite = exact_lse > -math.inf
+    # The log-sum-exp is float32 whatever the inputs: its error is that of a score.
+    assert_within_budget(lse[finite], exact_lse[finite].double(), roundings=64)
+
+
+@pytest.mark.parametrize("compensation", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_over_shapes(name: str, compensation: bool) -> None:
+    check_attention(make_problem(**SHAPES[name]), compensation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("input_scale", [1.0, 4.0, 16.0])
+def test_attention_over_dtypes_and_input_scales(dtype: torch.dtype, input_scale: float) -> None:
+    for compensation in (False, True):
+        check_attention(make_problem(dtype=dtype, input_scale=input_scale, num_keys=700), compensation)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 10_000),
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    num_queries=st.integers(1, 150),
+    num_keys=st.integers(1, 600),
+    head_dim=st.integers(1, 40),
+    num_q_clusters=st.integers(1, 9),
+    num_k_clusters=st.integers(1, 20),
+    keep=st.sampled_from([0.02, 0.3, 0.8, 1.1]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    compensation=st.booleans(),
+)
+def test_attention_over_random_problems(kv_heads: int, group: int, compensation: bool, **shape: Any) -> None:
+    check_attention(make_problem(kv_heads=kv_heads, q_heads=kv_heads * group, **shape), compensation)
+
+
+def test_attention_takes_any_strides() -> None:
+    problem = make_problem(q_heads=3, kv_heads=3)
+    expected = cpu.block_sparse_attention(*problem.args())
+    token_major = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in problem.args()[:3]]
+    dim_major = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in problem.args()[:3]]
+    for strided in (token_major, dim_major):
+        actual = cpu.block_sparse_attention(*strided, *problem.args()[3:])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_attention_does_not_depend_on_the_number_of_threads(threads: int) -> None:
+    problem = make_problem(num_queries=90, num_keys=1700, num_q_clusters=3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_attention(problem, compensation=True)
+        check_attention(problem, compensation=False)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_key_parts_never_waste_a_thread_nor_cut_too_small() -> None:
+    assert key_parts(num_rows=100, num_keys=4000, num_threads=2) == 2
+    assert key_parts(num_rows=256, num_keys=4000, num_threads=2) == 1  # four units of 64 rows: even as it is
+    assert key_parts(num_rows=100, num_keys=200, num_threads=2) == 1
+    assert key_parts(num_rows=100, num_keys=4000, num_threads=1) <= 1
+
+
+def test_merge_of_partial_softmaxes() -> None:
+    torch.manual_seed(0)
+    scores, values = 5 * torch.randn(7, 12), torch.randn(12, 3)
+    pieces = scores.split(4, dim=1), values.split(4)
+    out = torch.stack([torch.softmax(s, dim=1) @ v for s, v in zip(*pieces, strict=True)])
+    lse = torch.stack([torch.logsumexp(s, dim=1) for s in pieces[0]])
+    merged, merged_lse = merge_partial_softmax(out, lse)
+    torch.testing.assert_close(merged, torch.softmax(scores, dim=1) @ values)
+    torch.testing.assert_close(merged_lse, torch.logsumexp(scores, dim=1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("num_keys", [7, 170])
+def test_non_finite_tokens_show_exactly_where_they_are_attended(bad: float, where: str, num_keys: int) -> None:
+    problem = make_problem(num_keys=num_keys, num_k_clusters=3, q_heads=1, kv_heads=1)
+    problem.k_offsets[..., -2] = num_keys  # no masked keys
+    q_block = int(torch.searchsorted(problem.q_offsets[0, 0, 1:].contiguous(), 5, right=True))
+    problem.block_map[0, 0, q_block, :-1] = True  # so that the broken token is attended
+    getattr(problem, where)[0, 0, 5, 2] = bad
+    out, _ = cpu.block_sparse_attention(*problem.args())
+    expected, _ = reference.block_sparse_attention(*problem.args())
+    # inf in a value may come out as inf or NaN (0 * inf); what counts is that it shows, and nowhere else.
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    assert not bool(expected.isfinite().all())
+
+
+def test_masked_garbage_is_never_read() -> None:
+    problem = make_problem(keep=1.1)
+    clean = cpu.block_sparse_attention(*problem.args())
+    for b, h in ((0, 0), (0, 1)):
+        masked = slice(int(problem.k_offsets[b, h, -2]), None)
+        problem.key[b, h, masked] = math.nan
+        problem.value[b, h, masked] = math.nan
+    assert int((problem.key.isnan()).sum()) > 0
+    actual = cpu.block_sparse_attention(*problem.args())
+    torch.testing.assert_close(actual, clean, rtol=0, atol=0)
+
+
+def test_offsets_that_are_no_partition_are_refused() -> None:
+    problem = make_problem()
+    args = list(problem.args())
+    args[4] = problem.k_offsets + 1
+    with pytest.raises(ValueError, match=r"k_offsets is no partition of 170 tokens"):
+        cpu.block_sparse_attention(*args)
