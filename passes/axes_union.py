@@ -1,7 +1,7 @@
 """Pointwise combination in the token-layout domain: the aligned union of axes of the same length.
 
 [hidden_states: 128 | text: 12]  with  [rope: 140]        ->  [hidden_states, rope: 128 | text, rope: 12]
-[2 x tokens: 40]                 with  [hidden_states: 80] ->  both factors of the first derive from the second as well
+[2] x [tokens: 40]               with  [hidden_states: 80]  ->  both factors derive from the second as well
 """
 
 from __future__ import annotations

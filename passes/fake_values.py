@@ -48,10 +48,14 @@ def fake_mode_of_values(values: Any) -> FakeTensorMode | None:
     return None
 
 
+def has_number(value: Any) -> bool:
+    """Whether the metadata knows the number in a tensor of one (a float that Dynamo made an input)."""
+    return isinstance(value, FakeTensor) and value.dim() == 0 and value.item_memo is not None
+
+
 def copy_number(known: Any, result: Any) -> bool:
-    """Whether the graph's metadata knows the number in a tensor of one; then `item()` of `result` gives its symbol."""
-    number = known.item_memo if isinstance(known, FakeTensor) and known.dim() == 0 else None
-    if number is None or not isinstance(result, FakeTensor) or result.dim() != 0:
+    """Makes `item()` of `result` give the symbol that the metadata `known` gives, if any. Returns whether it did."""
+    if not has_number(known) or not isinstance(result, FakeTensor) or result.dim() != 0:
         return False
-    result.item_memo = number
+    result.item_memo = known.item_memo
     return True

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 
 from svg2_compile.passes.fake_values import node_value
 
@@ -49,6 +49,6 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     own, base = node_value(node), node_value(node.args[0])
-    if not isinstance(own, torch.Tensor) or not isinstance(base, torch.Tensor):
-        return None
+    if not isinstance(own, FakeTensor) or not isinstance(base, FakeTensor):
+        return None  # no tensor, or one inside a vmap, which has no memory of its own
     return node.args[0] if own.untyped_storage()._cdata == base.untyped_storage()._cdata else None

@@ -24,7 +24,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from svg2_compile.passes.axes import Axes, single
-from svg2_compile.passes.fake_values import copy_number, fake_mode_of, is_parameter, node_value
+from svg2_compile.passes.fake_values import copy_number, fake_mode_of, has_number, is_parameter, node_value
 from svg2_compile.passes.in_place import last_writes
 from svg2_compile.passes.layout_mode import AttentionAxes, LayoutMode, SharedValueWritten
 from svg2_compile.passes.op_call import constant_axes, fit, sizes_of, unknown_axes
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _SCALAR = (int, float, bool, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
 _AUTOCAST_ENTER = torch.amp.autocast_mode._enter_autocast
 _AUTOCAST_EXIT = torch.amp.autocast_mode._exit_autocast
+_FUNCTORCH = frozenset({"torch._C._functorch", "torch._functorch.predispatch", "torch._functorch.vmap"})
 _INLINED = frozenset(
     {
         "wrap",
@@ -141,6 +142,8 @@ class _Interpreter:
             return args[0][args[1]]
         if node.target in (_AUTOCAST_ENTER, _AUTOCAST_EXIT):
             return self._autocast(node.target, args)
+        if getattr(node.target, "__module__", None) in _FUNCTORCH:
+            return self._from_metadata(node, name)  # entering a vmap for real would leave it entered on an error
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._call_subgraph(node, name, args, owner)
         return self._compute(node, args, kwargs)
@@ -208,11 +211,14 @@ class _Interpreter:
 
     def _fresh(self, like: torch.Tensor, axes: Axes, node: fx.Node) -> torch.Tensor:
         """A new fake tensor with the metadata of `like`: in-place operators must not touch that of the graph."""
+        values = self._values if node not in self._last_write and not has_number(like) else None
+        known = values.find(like, axes) if values is not None else None
+        if known is not None:
+            return known
         tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
         self._mode.set_axes(tensor, axes)
-        if copy_number(like, tensor) or self._values is None or node in self._last_write:
-            return tensor
-        return self._values.canonical(tensor)
+        copy_number(like, tensor)
+        return tensor if values is None else values.canonical(tensor)
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = self._key(node, args, kwargs)

@@ -20,7 +20,7 @@ from svg2_compile.passes.axes import (
     size_expr,
 )
 from svg2_compile.passes.axes_union import union, union_all
-from svg2_compile.passes.op_call import OpCall, RuleTable, fit, sizes_of, table
+from svg2_compile.passes.op_call import OpCall, RuleTable, fit, is_constant, sizes_of, table
 
 
 def start_of(call: OpCall, size: sympy.Expr) -> sympy.Expr:
@@ -126,7 +126,12 @@ def slice_scattered(call: OpCall) -> list[Axes]:
 
 
 def replaced(axes: Axes, source: Axes, dim: int, start: sympy.Expr, length: sympy.Expr, size: sympy.Expr) -> Axes:
-    """`axes` after positions `start .. start + length` of `dim` were overwritten by a tensor with axes `source`."""
+    """`axes` after positions `start .. start + length` of `dim` were overwritten by a tensor with axes `source`.
+
+    Constants change nothing: zeroed tokens of a video are tokens of the video.
+    """
+    if is_constant(source):
+        return axes
     before = (*axes[:dim], cut(axes[dim], sympy.Integer(0), start), *axes[dim + 1 :])
     after = (*axes[:dim], cut(axes[dim], start + length, size - start - length), *axes[dim + 1 :])
     parts = [part for part, kept in ((before, start), (source, length), (after, size - start - length)) if kept != 0]

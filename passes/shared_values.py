@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from svg2_compile.passes.axes import size_expr
+from svg2_compile.passes.axes import Axes, size_expr
 from svg2_compile.passes.layout_mode import LayoutMode
 from svg2_compile.passes.op_call import sizes_of
 
@@ -26,13 +26,15 @@ class SharedValues:
         """The tensor that stands for all tensors like `value`; anything else as it is."""
         if not isinstance(value, torch.Tensor) or self._mode.is_shared(value):
             return value
-        strides = tuple(size_expr(stride) for stride in value.stride())
-        conjugate = value.dtype.is_complex and value.is_conj()
-        key = (tuple(sizes_of(value)), strides, value.dtype, value.device, conjugate, self._mode.axes_of(value))
+        key = _abstract(value, self._mode.axes_of(value))
         if key not in self._tensors:
             self._mode.share(value)
             self._tensors[key] = value
         return self._tensors[key]
+
+    def find(self, like: torch.Tensor, axes: Axes) -> torch.Tensor | None:
+        """The tensor that stands for all tensors with the metadata of `like` and these axes, if there is one."""
+        return self._tensors.get(_abstract(like, axes))
 
     def key(self, *computation: Any) -> Any:
         """A hashable key: equal keys mean equal results. None where an argument is not shared."""
@@ -42,6 +44,12 @@ class SharedValues:
         except (Unshared, TypeError):
             return None
         return key
+
+
+def _abstract(tensor: torch.Tensor, axes: Axes) -> Any:
+    conjugate = tensor.dtype.is_complex and tensor.is_conj()
+    strides = tuple(size_expr(stride) for stride in tensor.stride())
+    return (tuple(sizes_of(tensor)), strides, tensor.dtype, tensor.device, conjugate, axes)
 
 
 def key_of(value: Any) -> Any:
