@@ -14,8 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svg2_compile.api import Enabled, disable, enable, explain, report, reset
+    from svg2_compile.api import Enabled, disable, enable, report, reset
     from svg2_compile.config import ConfigError, Svg2Config
+    from svg2_compile.explanation import explain
     from svg2_compile.reports import Report
 
 __all__ = [
@@ -37,7 +38,7 @@ _HOME = {
     "Svg2Config": "svg2_compile.config",
     "disable": "svg2_compile.api",
     "enable": "svg2_compile.api",
-    "explain": "svg2_compile.api",
+    "explain": "svg2_compile.explanation",
     "report": "svg2_compile.api",
     "reset": "svg2_compile.api",
 }

@@ -1,4 +1,4 @@
-"""The verbs of the library: enable, disable, reset, report, explain."""
+"""The verbs of the library: enable, disable, reset, report. (explain is in explanation.py.)"""
 
 from __future__ import annotations
 
@@ -8,32 +8,19 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch import nn
 
-from svg2_compile.backend import Svg2Backend, device_of, sessions
+from svg2_compile.backend import Svg2Backend, sessions
 from svg2_compile.clock import SchedulerClock, TimestepClock
 from svg2_compile.config import Svg2Config
-from svg2_compile.passes.graph_builder import copy_graph_module
-from svg2_compile.pipeline import ANALYSES, Compilation, run_passes
-from svg2_compile.reports import GraphReport, Report, describe
+from svg2_compile.explanation import enabled_dynamo_settings
+from svg2_compile.reports import Report
 from svg2_compile.runtime import Session
 from svg2_compile.scheduler_hook import SchedulerHook
 
-__all__ = ["Enabled", "disable", "enable", "explain", "report", "reset"]
+__all__ = ["Enabled", "disable", "enable", "report", "reset"]
 
 _enabled: weakref.WeakKeyDictionary[Any, Enabled] = weakref.WeakKeyDictionary()
-
-
-def _dynamo_settings() -> Any:
-    """Dynamo's settings while an enabled model runs.
-
-    Some models pick the valid text tokens by a mask (nonzero); without the first setting they fall into eager pieces
-    whose attention no compiler sees. Every call of enable or explain adds a cache entry to the forward of a class:
-    with the default limit of 8 a long-lived process would silently fall back to eager.
-    """
-    limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, recompile_limit=limit)
 
 
 class Enabled:
@@ -146,55 +133,6 @@ def report(target: Any = None) -> Report:
     return _report_of(_sessions_of(target))
 
 
-def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
-    """Say what the compiler would do with every attention of ``module``, without running anything sparse.
-
-    The module is traced with the given inputs, which runs it once densely. Under FakeTensorMode (weights and inputs
-    without memory) that stops where the model asks for the value of a tensor; the report then says so.
-
-    Args:
-        module: the model, or one of its blocks.
-        *args, **kwargs: inputs of one call.
-        options: the fields of Svg2Config.
-
-    Returns:
-        A Report; ``print`` shows it as a table.
-    """
-    config = Svg2Config.from_options(options)
-    result = Report()
-    module = getattr(module, "_orig_mod", module)
-
-    def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compilation = Compilation(copy_graph_module(gm), config, device_of(gm))
-        run_passes(compilation, ANALYSES)
-        number = len(result.graphs)
-        result.sites.extend(describe(compilation.decisions, number))
-        result.graphs.append(
-            GraphReport(
-                f"graph_{number}",
-                bool(compilation.regional),
-                compilation.time_kind,
-                dict(compilation.pass_seconds),
-            )
-        )
-        return gm.forward
-
-    counters = torch._dynamo.utils.counters["graph_break"]
-    before = dict(counters)
-    try:
-        with torch.no_grad(), _dynamo_settings():
-            torch.compile(module._call_impl, backend=analyse)(*args, **kwargs)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        if not result.graphs:
-            raise
-        result.notes.append(
-            f"The run after the first {len(result.graphs)} graph(s) needs the values of tensors ({error}), which fake "
-            "tensors do not have: attentions after a graph break are missing here."
-        )
-    result.graph_breaks = [reason for reason, count in counters.items() if count > before.get(reason, 0)]
-    return result
-
-
 def _transformers(target: Any) -> dict[str, nn.Module]:
     """The modules to compile, by name: the transformers (or UNets) of a pipeline. A single one needs no name."""
     if isinstance(target, nn.Module):
@@ -246,7 +184,7 @@ def _compile_in_place(
     session = enabled.session
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with session.scope.running(module, label), _dynamo_settings():
+        with session.scope.running(module, label), enabled_dynamo_settings():
             return compiled(*args, **kwargs)
 
     module._compiled_call_impl = call

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from svg2_compile.api import enable, explain
+from svg2_compile.api import enable
+from svg2_compile.explanation import explain
 from svg2_compile.inner_backend import compile_inner
 from svg2_compile.reports import Report
 

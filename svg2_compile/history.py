@@ -76,16 +76,26 @@ def qualified(label: str, site: str) -> str:
 
 
 class RunHistory:
-    """The latest calls, oldest first."""
+    """The latest calls, oldest first.
 
-    def __init__(self, limit: int = 100_000) -> None:
-        self._calls: deque[CallRecord] = deque(maxlen=limit)
+    Args:
+        limit: most attentions remembered. Each keeps a tensor of some hundred bytes on the device.
+    """
+
+    def __init__(self, limit: int = 50_000) -> None:
+        self._limit = limit
+        self._attentions = 0
+        self._calls: deque[CallRecord] = deque()
 
     def append(self, record: CallRecord) -> None:
         self._calls.append(record)
+        self._attentions += len(record.sites)
+        while self._attentions > self._limit and len(self._calls) > 1:
+            self._attentions -= len(self._calls.popleft().sites)
 
     def clear(self) -> None:
         self._calls.clear()
+        self._attentions = 0
 
     def calls(self) -> list[CallRecord]:
         return list(self._calls)

@@ -68,7 +68,7 @@ def inspect_class(
 
 
 def _explain(module: nn.Module, inputs: Mapping[str, Any], options: Mapping[str, Any] | None) -> Report:
-    from svg2_compile.api import explain
+    from svg2_compile.explanation import explain
 
     try:
         return explain(module, options=options, **inputs)

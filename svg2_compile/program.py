@@ -23,6 +23,7 @@ from svg2_compile.runtime import CallPlan, Session, TimeReader
 __all__ = ["CompiledGraph", "DenoisingProgram", "SymbolBinder"]
 
 _numbers = itertools.count()
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -186,12 +187,17 @@ class DenoisingProgram:
         outputs = graph(*args, *state, self._flag(seeded), iters)
         end = spec.num_outputs + len(spec.slots)
         if plan.tick is not None:
-            self.session.store.put(plan.layer, key, [tensor.detach() for tensor in outputs[spec.num_outputs : end]])
+            self.session.store.put(plan.layer, key, self._keep(outputs[spec.num_outputs : end]))
         densities = {
             self._site_names[index]: density for index, density in zip(spec.density_sites, outputs[end:], strict=True)
         }
         self._record(plan, iters, seeded, densities)
         return outputs[: spec.num_outputs]
+
+    def _keep(self, centroids: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Centroids to carry to the next step: copies where the next replay of a CUDA graph would overwrite them."""
+        overwritten = self.session.config.inductor_mode in _CUDA_GRAPH_MODES
+        return [tensor.clone() if overwritten else tensor.detach() for tensor in centroids]
 
     def _flag(self, seeded: bool) -> torch.Tensor:
         assert self.spec is not None

@@ -1,0 +1,103 @@
+"""explain: what the compiler would do with every attention of a model, without running anything sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from svg2_compile.backend import device_of
+from svg2_compile.config import Svg2Config
+from svg2_compile.passes.graph_builder import copy_graph_module
+from svg2_compile.pipeline import ANALYSES, Compilation, run_passes
+from svg2_compile.reports import GraphReport, Report, describe
+
+__all__ = ["enabled_dynamo_settings", "explain"]
+
+
+def enabled_dynamo_settings() -> Any:
+    """Dynamo's settings while an enabled model runs, as a context manager.
+
+    Some models pick the valid text tokens by a mask (nonzero); without the first setting they fall into eager pieces
+    whose attention no compiler sees. Every call of enable or explain adds a cache entry to the forward of a class:
+    with the default limit of 8 a long-lived process would silently fall back to eager.
+    """
+    limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, recompile_limit=limit)
+
+
+def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Say what the compiler would do with every attention of ``module``, without running anything sparse.
+
+    The module is traced with the given inputs, which runs it once densely. Under FakeTensorMode (weights and inputs
+    without memory) that stops where the model asks for the value of a tensor; the report then says so.
+
+    Args:
+        module: the model, or one of its blocks.
+        *args, **kwargs: inputs of one call.
+        options: the fields of Svg2Config.
+
+    Returns:
+        A Report; ``print`` shows it as a table. A model that is whole only as ``enable`` runs it is reported whole,
+        with the graph breaks of a plain torch.compile and a note.
+    """
+    config = Svg2Config.from_options(options)
+    module = getattr(module, "_orig_mod", module)
+    limit = torch._dynamo.config.patch(recompile_limit=max(64, torch._dynamo.config.recompile_limit))
+    plain = _explain_once(module, config, args, kwargs, limit)
+    if not plain.graph_breaks:
+        return plain
+    enabled = _explain_once(module, config, args, kwargs, enabled_dynamo_settings())
+    if len(enabled.graph_breaks) >= len(plain.graph_breaks):
+        return plain
+    enabled.notes.append(
+        f"Plain torch.compile breaks this model into {len(plain.graphs)} graphs and leaves attention in between to "
+        "eager. As shown here it runs with svg2_compile.enable(), or with "
+        "torch._dynamo.config.capture_dynamic_output_shape_ops = True."
+    )
+    enabled.graph_breaks = plain.graph_breaks
+    return enabled
+
+
+def _explain_once(
+    module: nn.Module, config: Svg2Config, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Any
+) -> Report:
+    """Trace ``module`` under ``settings`` and analyse every graph that Dynamo hands over."""
+    result = Report()
+
+    def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compilation = Compilation(copy_graph_module(gm), config, device_of(gm))
+        run_passes(compilation, ANALYSES)
+        number = len(result.graphs)
+        result.sites.extend(describe(compilation.decisions, number))
+        result.graphs.append(
+            GraphReport(
+                f"graph_{number}",
+                bool(compilation.regional),
+                compilation.time_kind,
+                dict(compilation.pass_seconds),
+            )
+        )
+        return gm.forward
+
+    counters = torch._dynamo.utils.counters
+    before, frames_before = dict(counters["graph_break"]), dict(counters["frames"])
+    try:
+        with torch.no_grad(), settings:
+            torch.compile(module._call_impl, backend=analyse)(*args, **kwargs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        if not result.graphs:
+            raise
+        result.notes.append(
+            f"The run after the first {len(result.graphs)} graph(s) needs the values of tensors ({error}), which fake "
+            "tensors do not have: attentions after a graph break are missing here."
+        )
+    result.graph_breaks = [r for r, count in counters["graph_break"].items() if count > before.get(r, 0)]
+    total, traced = (counters["frames"][key] - frames_before.get(key, 0) for key in ("total", "ok"))
+    if total > traced:
+        # A graph break inside a loop leaves the whole function to eager, without an entry among the breaks.
+        result.graph_breaks.append(f"{total - traced} function(s) run eagerly; TORCH_LOGS=graph_breaks says which and why")
+    return result
