@@ -298,6 +298,7 @@ def _hint(site: Site, size: Any) -> int | None:
     shape_env = mode.shape_env if mode is not None else None
     if shape_env is None:
         return None
-    known = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+    # Named var_to_val before torch 2.13.
+    known = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
     value = size.xreplace({symbol: known[symbol] for symbol in size.free_symbols if symbol in known})
     return None if value.free_symbols else int(value)

@@ -134,7 +134,7 @@ class _SiteRewriter:
             *((key_side.centroids, value_centroids) if value_centroids is not None else ()),
             name="attended",
         )
-        out_permuted, _ = build.unpack(attended, ["out_permuted", "lse"])
+        (out_permuted,) = build.unpack(attended, ["out_permuted"])
         out = build.call(_svg2.unpermute_tokens.default, out_permuted, q_order, name="out")
         density = None
         if self.policy.collect_stats:

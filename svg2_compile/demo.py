@@ -19,7 +19,7 @@ from svg2_compile.explanation import explain
 from svg2_compile.inner_backend import compile_inner
 from svg2_compile.reports import Report
 
-__all__ = ["DemoOptions", "DemoResult", "demo_model", "run_demo"]
+__all__ = ["DemoOptions", "DemoResult", "demo_inputs", "demo_model", "run_demo"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     """
     _need_extras()
     model = demo_model(options)
-    noise, prompts = _inputs(options)
+    noise, prompts = demo_inputs(options)
     console.print(
         f"[bold]svg2 demo[/bold]: diffusers {type(model).__name__}, {options.layers} layers, "
         f"{options.tokens} video tokens, {options.steps} steps with guidance "
@@ -142,7 +142,7 @@ def _need_extras() -> None:
         raise ImportError("svg2 demo needs diffusers and Pillow: svg2-compile[diffusers,plots]") from error
 
 
-def _inputs(options: DemoOptions) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def demo_inputs(options: DemoOptions) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Latents to start from (a moving pattern under noise) and the prompts of the two guidance branches."""
     generator = torch.Generator().manual_seed(options.seed)
     frames, height, width = options.frames, options.height, options.width
