@@ -1,6 +1,6 @@
 """Draw docs/img/overview.png: one attention of the demo's model in token order, permuted by clusters, and selected.
 
-    python -m bench.overview_picture
+python -m bench.overview_picture
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from svg2_compile.demo import DemoOptions, demo_inputs, demo_model
 from svg2_compile.kernels import ops
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of the renderer)
+from matplotlib import pyplot as plt
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "img" / "overview.png"
 TOP_P, NUM_Q_CLUSTERS, NUM_K_CLUSTERS, ITERS = 0.9, 8, 24, 10
@@ -33,7 +33,7 @@ def capture_query_key(options: DemoOptions) -> tuple[torch.Tensor, torch.Tensor]
         captured.append((query, key))
         return dense(query, key, value, *args, **kwargs)
 
-    F.scaled_dot_product_attention = spy  # type: ignore[assignment]
+    F.scaled_dot_product_attention = spy
     try:
         with torch.no_grad():
             model(noise, timestep=torch.tensor([700]), encoder_hidden_states=prompts[0], return_dict=False)

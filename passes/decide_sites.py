@@ -172,7 +172,8 @@ def _dimensions(call: AttentionCall) -> tuple[Any, Any, Any, int, Any]:
         raise _Dense("unreadable", f"query of rank {query.dim()} and key of rank {key.dim()}; readable: {rank}")
     if call.axes == "gnd":
         heads = call.num_heads or 1
-        batch, kv_heads = FloorDiv(size_expr(query.shape[0]), heads), heads
+        batch: Any = FloorDiv(size_expr(query.shape[0]), heads)
+        kv_heads: Any = heads
     else:
         head_dim_at = 1 if call.axes == "bhnd" else 2
         batch, heads, kv_heads = query.shape[0], query.shape[head_dim_at], key.shape[head_dim_at]
@@ -254,21 +255,21 @@ def _at_most(video: Any, tokens_per_cluster: int, most: int) -> Any:
 
 def _check_length(site: Site, policy: SitePolicy, device: torch.device) -> Site:
     """Compare with min_tokens; symbolic lengths are judged by the size that was traced, without a guard."""
-    sizes = {name: _hint(site, getattr(site, name)) for name in ("video_tokens", "num_tokens", "batch", "num_heads")}
-    video = sizes["video_tokens"]
+    video, tokens = _hint(site, site.video_tokens), _hint(site, site.num_tokens)
+    batch, heads = _hint(site, site.batch), _hint(site, site.num_heads)
     if isinstance(policy.min_tokens, int):
         if video is not None and video < policy.min_tokens:
             raise _Dense("short_sequence", f"{video} video tokens, fewer than min_tokens={policy.min_tokens}")
         if site.video_tokens == 0:
             raise _Dense("short_sequence", "no video tokens")
-    if None in sizes.values():
+    if video is None or tokens is None or batch is None or heads is None:
         if policy.min_tokens == "auto":
             raise _Dense("cost", "the size depends on data: give min_tokens as an integer to make it sparse")
         return site
     cost = CostInputs(
         video=video,
-        context=sizes["num_tokens"] - video,
-        groups=sizes["batch"] * sizes["num_heads"],
+        context=tokens - video,
+        groups=batch * heads,
         head_dim=site.head_dim,
         num_q_clusters=_hint(site, site.num_q_clusters),
         num_k_clusters=_hint(site, site.num_k_clusters),

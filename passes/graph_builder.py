@@ -101,7 +101,13 @@ class GraphBuilder:
     def narrow(self, node: fx.Node, dim: int, start: Any, length: Any) -> fx.Node:
         """``node[..., start:start+length, ...]`` along ``dim``; the node itself where that is the whole axis."""
         extent = self.value(node).shape[dim]
-        if isinstance(start, int) and start == 0 and isinstance(length, int) and isinstance(extent, int) and length == extent:
+        if (
+            isinstance(start, int)
+            and start == 0
+            and isinstance(length, int)
+            and isinstance(extent, int)
+            and length == extent
+        ):
             return node
         return self.call(torch.ops.aten.narrow.default, node, dim, start, length)
 

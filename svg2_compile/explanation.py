@@ -99,5 +99,7 @@ def _explain_once(
     total, traced = (counters["frames"][key] - frames_before.get(key, 0) for key in ("total", "ok"))
     if total > traced:
         # A graph break inside a loop leaves the whole function to eager, without an entry among the breaks.
-        result.graph_breaks.append(f"{total - traced} function(s) run eagerly; TORCH_LOGS=graph_breaks says which and why")
+        result.graph_breaks.append(
+            f"{total - traced} function(s) run eagerly; TORCH_LOGS=graph_breaks says which and why"
+        )
     return result

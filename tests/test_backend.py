@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support import IDENTITY, SELECTION, assert_close, at_timestep, first_output
-from tests.zoo.models import build
 from torch import nn
 
 import svg2_compile
+from tests.support import IDENTITY, SELECTION, assert_close, at_timestep, first_output
+from tests.zoo.models import build
 
 
 class Block(nn.Module):
@@ -73,7 +73,9 @@ def test_a_new_resolution_is_no_recompile_where_shapes_are_dynamic():
     compiled = torch.compile(model, backend="svg2", dynamic=True, options={**IDENTITY, "num_q_clusters": None})
     with torch.no_grad():
         for tokens in (100, 600, 35, 100):
-            assert_close(compiled(_video(1, tokens), torch.tensor([900])), model(_video(1, tokens), torch.tensor([900])))
+            assert_close(
+                compiled(_video(1, tokens), torch.tensor([900])), model(_video(1, tokens), torch.tensor([900]))
+            )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     (site,) = svg2_compile.report(model).sites
     assert isinstance(site.video_tokens, str) and site.context_tokens == 0
@@ -84,7 +86,9 @@ def test_inductor_with_dynamic_shapes():
     compiled = torch.compile(model, backend="svg2", dynamic=True, options={**IDENTITY, "inner_backend": "inductor"})
     with torch.no_grad():
         for tokens in (100, 64):
-            assert_close(compiled(_video(1, tokens), torch.tensor([900])), model(_video(1, tokens), torch.tensor([900])))
+            assert_close(
+                compiled(_video(1, tokens), torch.tensor([900])), model(_video(1, tokens), torch.tensor([900]))
+            )
 
 
 def test_module_compile_and_mode():
@@ -170,7 +174,9 @@ def test_grad_modes_and_autocast(context):
     compiled = torch.compile(model, backend="svg2", fullgraph=True, options=IDENTITY)
     with contexts[context]():
         for timestep in (900, 700):
-            assert_close(compiled(_video(), torch.tensor([timestep])), model(_video(), torch.tensor([timestep])), slack=500)
+            assert_close(
+                compiled(_video(), torch.tensor([timestep])), model(_video(), torch.tensor([timestep])), slack=500
+            )
     runs = svg2_compile.report(model).runs
     assert [(run.graph, run.seeded) for run in runs] == [("sparse", False), ("sparse", True)]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support import IDENTITY
-from tests.zoo.models import build
 
 import svg2_compile
+from tests.support import IDENTITY
+from tests.zoo.models import build
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 import torch
-from tests.support import IDENTITY, SELECTION, assert_close, at_timestep, first_output
-from tests.zoo.models import build
 
 import svg2_compile
 from svg2_compile.backend import sessions
+from tests.support import IDENTITY, SELECTION, assert_close, at_timestep, first_output
+from tests.zoo.models import build
 
 
 def _denoise(model, inputs, timesteps=(900, 700, 500)):
