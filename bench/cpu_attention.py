@@ -3,9 +3,9 @@
     python -m bench.cpu_attention            every shape (about 15 minutes on two cores); JSON and plot
     python -m bench.cpu_attention --quick    one small shape per dtype, nothing written
 
-Dense is scaled_dot_product_attention on the same query, key and value. "attention" is svg2::block_sparse_attention alone;
-"everything" adds k-means (two iterations from warm centroids for queries and for keys), selection, ordering, permutation
-and un-permutation. A shape is timed only after its result was compared with exact attention.
+Dense is scaled_dot_product_attention on the same query, key and value. "attention" is svg2::block_sparse_attention
+alone; "everything" adds k-means (two iterations from warm centroids, for queries and for keys), selection, ordering,
+permutation and un-permutation. A shape is timed only after its result was compared with exact attention.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def quick_cases() -> Iterator[Case]:
 
 
 def check(case: Case) -> dict[str, float]:
-    """The gate: sampled rows of this shape against float64, and density 1 against dense attention at up to 2k tokens."""
+    """The gate: sampled rows of this shape against float64; every cluster kept against dense, at up to 2k tokens."""
     small = Case(min(case.num_tokens, 2048) - 7, case.head_dim, 1, case.dtype, 1.0)
     inputs = clustered_inputs(small)
     everything = RewrittenAttention(small, *inputs).out
@@ -109,7 +109,8 @@ def run_case(case: Case, repeats: int, with_memory: bool) -> dict[str, Any]:
 def print_result(result: dict[str, Any]) -> None:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in result["stage_share"].items())
     print(
-        f"N {result['num_tokens']:6d}  D {result['head_dim']:3d}  {result['dtype']:8s}  density {result['density']:.3f}  "
+        f"N {result['num_tokens']:6d}  D {result['head_dim']:3d}  {result['dtype']:8s}  "
+        f"density {result['density']:.3f}  "
         f"dense {result['dense']['median_ms']:9.1f} ms  attention {result['speedup_attention']:.2f}x  "
         f"everything {result['speedup_everything']:.2f}x  (limit {result['speedup_limit']:.2f}x)  "
         f"spread {result['dense']['spread']:.0%}/{result['everything']['spread']:.0%}\n    {shares}",

@@ -31,9 +31,9 @@ def clustered_inputs(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
     """Query, key and value with the semantic clusters that video attention has.
 
     Every token belongs to one of N / 200 topics, at random positions (clusters are not neighbourhoods); topic sizes are
-    log-normal (sigma 0.7), so that clusters are uneven. A topic has a centre per head; a key's centre is correlated (0.7)
-    with its query's, so that queries find their own topic's keys and some of others'. Tokens are 1.5 centre + unit
-    noise (values: 0.3 noise).
+    log-normal (sigma 0.7), so that clusters are uneven. A topic has a centre per head; a key's centre is correlated
+    (0.7) with its query's, so that queries find their own topic's keys and some of others'. Tokens are 1.5 centre +
+    unit noise (values: 0.3 noise).
     """
     generator = torch.Generator().manual_seed(seed)
     topics = max(8, case.num_tokens // 200)

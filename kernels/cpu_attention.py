@@ -17,7 +17,8 @@ from torch import Tensor
 
 MIN_KEYS_PER_PART = 128  # below this, merging costs more than an idle core
 MIN_FUSED_KEYS = 64  # with fewer keys than a vector has lanes (16), the fused kernel turns NaN scores into 0
-GOOD_BALANCE = 0.95  # share of the threads' time that is work, from which cutting the keys cannot pay
+# (query, key) pairs that threads could compute while they idle: with fewer, a merge costs more than it saves.
+MIN_IDLE_PAIRS = 1 << 16
 
 
 class RowGroup(NamedTuple):
@@ -128,7 +129,7 @@ class HeadKeys:
 
     def attend(self, query: Tensor, selected: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
         """float32 query [m, D] -> (out [m, Dv], lse [m]); None where there is no key to attend to."""
-        index = selected[self.block_of_key].nonzero().squeeze(-1)
+        index = selected.index_select(0, self.block_of_key).nonzero().squeeze(-1)
         skipped = self._skipped_clusters(selected)
         num_exact, num_means = index.shape[0], skipped.shape[0]
         if num_exact + num_means == 0:
@@ -136,9 +137,11 @@ class HeadKeys:
         parts = key_parts(query.shape[0], num_exact + num_means, torch.get_num_threads())
         padding = -(num_exact + num_means) % parts
         total = num_exact + num_means + padding
-        if total == num_exact and int(index[-1] - index[0]) + 1 == total:
-            run = slice(int(index[0]), int(index[-1]) + 1)
-            return attend_to_keys(query, self.key[run], self.value[run], None, scale, parts)
+        if total == num_exact:
+            first, last = int(index[0]), int(index[-1])
+            if last - first + 1 == total:  # already one run, as at top_p = 1
+                run = slice(first, last + 1)
+                return attend_to_keys(query, self.key[run], self.value[run], None, scale, parts)
         keys, values = self.gathered_key[:total], self.gathered_value[:total]
         torch.index_select(self.key, 0, index, out=keys[:num_exact])
         torch.index_select(self.value, 0, index, out=values[:num_exact])
@@ -166,7 +169,7 @@ def key_parts(num_rows: int, num_keys: int, num_threads: int) -> int:
     # Rows per unit of work in ATen's flash attention, by number of query rows.
     rows_per_unit = 256 if num_rows >= 768 else 64 if num_rows >= 192 else 32
     longest = math.ceil(math.ceil(num_rows / rows_per_unit) / num_threads) * rows_per_unit
-    if num_rows / (longest * num_threads) >= GOOD_BALANCE:
+    if (longest * num_threads - num_rows) * num_keys <= MIN_IDLE_PAIRS:
         return 1
     return max(1, min(num_threads, num_keys // MIN_KEYS_PER_PART))
 

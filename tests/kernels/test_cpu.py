@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svg2_compile.kernels import cpu, reference
+from svg2_compile.kernels import cpu, cpu_attention, reference
 from svg2_compile.kernels.cpu_attention import key_parts, merge_partial_softmax
 from tests.kernels.helpers import Problem, assert_within_budget, make_problem
 
@@ -49,11 +50,17 @@ def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def check_attention(problem: Problem, compensation: bool) -> None:
+    expected = exact_and_eager(problem, compensation)
+    check_against(problem, compensation, *expected)
+    with mock.patch.object(cpu_attention, "MIN_IDLE_PAIRS", -1):  # keys cut into parts wherever it is possible at all
+        check_against(problem, compensation, *expected)
+
+
+def check_against(problem: Problem, compensation: bool, exact_out: Tensor, exact_lse: Tensor, eager: Tensor) -> None:
     out, lse = cpu.block_sparse_attention(*problem.args(compensation))
     assert out.dtype == problem.query.dtype
     assert out.is_contiguous()
     assert lse.dtype == torch.float32
-    exact_out, exact_lse, eager = exact_and_eager(problem, compensation)
     assert_within_budget(out, exact_out, eager)
     assert torch.equal(lse == -math.inf, exact_lse == -math.inf)
     finite = exact_lse > -math.inf
