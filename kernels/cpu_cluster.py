@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-# Floats of one [tokens, clusters] score tile: 1 MiB, so that the arg-max reads what the product has just left in L2.
-SCORES_PER_TILE = 1 << 18
+# Floats of one [tokens, clusters] score tile: 2 MiB. Small enough that the arg-max finds in cache what the product has
+# just left there, large enough that threads rarely wait for each other between the two.
+SCORES_PER_TILE = 1 << 19
 
 
 # -------------------------------------------------------------------------------------------------------------- k-means
