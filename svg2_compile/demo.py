@@ -19,7 +19,7 @@ from svg2_compile.explanation import explain
 from svg2_compile.inner_backend import compile_inner
 from svg2_compile.reports import Report
 
-__all__ = ["DemoOptions", "DemoResult", "demo_inputs", "demo_model", "run_demo"]
+__all__ = ["DemoOptions", "DemoResult", "demo_inputs", "demo_model", "demo_scheduler", "denoise", "run_demo", "warm_up"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     settings = {"top_p": options.top_p, "min_tokens": 0, "dense_layers": 0}
     console.print(explain(model, noise, options=settings, **call).table())
 
-    with torch.inference_mode(), Progress(console=console, transient=True) as progress:
+    with torch.no_grad(), Progress(console=console, transient=True) as progress:
         dense = _dense_loop(model, options, noise, prompts, progress)
         sparse, report = _sparse_loop(model, options, noise, prompts, progress, settings)
     picture = _picture(options, dense, sparse)
@@ -158,7 +158,7 @@ def demo_inputs(options: DemoOptions) -> tuple[torch.Tensor, list[torch.Tensor]]
     return (0.8 * pattern + 0.6 * noise)[None], prompts
 
 
-def _denoise(
+def denoise(
     model: Callable[..., Any],
     scheduler: Any,
     options: DemoOptions,
@@ -182,7 +182,7 @@ def _denoise(
     return Loop(latents, seconds)
 
 
-def _scheduler() -> Any:
+def demo_scheduler() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -199,7 +199,7 @@ def _dense_loop(
     compiled = torch.compile(model._call_impl, backend=inner)
     compiled(noise, timestep=torch.tensor([999.0]), encoder_hidden_states=prompts[0], return_dict=False)
     progress.update(task, description="dense: denoising")
-    return _denoise(compiled, _scheduler(), options, noise, prompts, lambda: progress.advance(task))
+    return denoise(compiled, demo_scheduler(), options, noise, prompts, lambda: progress.advance(task))
 
 
 def _sparse_loop(
@@ -211,20 +211,20 @@ def _sparse_loop(
     settings: dict[str, Any],
 ) -> tuple[Loop, Report]:
     task = progress.add_task(f"sparse: compiling ({options.inner_backend})", total=options.steps)
-    scheduler = _scheduler()
+    scheduler = demo_scheduler()
     enabled = enable(
         model, scheduler=scheduler, dense_steps=options.dense_steps, inner_backend=options.inner_backend, **settings
     )
     with enabled:
-        _warm_up(model, scheduler, options, noise, prompts[0])
+        warm_up(model, scheduler, options, noise, prompts[0])
         enabled.reset()
         enabled.session.history.clear()
         progress.update(task, description="sparse: denoising")
-        loop = _denoise(model, scheduler, options, noise, prompts, lambda: progress.advance(task))
+        loop = denoise(model, scheduler, options, noise, prompts, lambda: progress.advance(task))
         return loop, enabled.report()
 
 
-def _warm_up(
+def warm_up(
     model: torch.nn.Module, scheduler: Any, options: DemoOptions, noise: torch.Tensor, prompt: torch.Tensor
 ) -> None:
     """Run both graphs once, so that the loop's times hold no compilation."""
