@@ -1,11 +1,10 @@
 """The demo's denoising loop: whole-model speed-up over the inner backend alone, and where the time goes.
 
-    python -m bench.e2e_cpu            7,680 and 16,128 tokens; JSON in bench/results/e2e_cpu.json
+    python -m bench.e2e_cpu            3,840 and 7,680 tokens; JSON in bench/results/e2e_cpu.json
     python -m bench.e2e_cpu --quick    a small video, nothing written
 
 The model has random weights (see svg2_compile.demo), so speed and density are real and PSNR only says how far the two
-loops part; quality is measured on a trained model elsewhere. Compilation is not counted: both graphs are compiled before
-the loop is timed.
+loops part. Compilation is not counted: both graphs are compiled before the loop is timed.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = [DemoOptions(frames=4, height=16, width=16, steps=4)] if arguments.quick else []
     if not arguments.quick:
-        sizes = [DemoOptions(), DemoOptions(frames=21, height=48, width=64)]
+        sizes = [DemoOptions(frames=8), DemoOptions()]
     results = []
     for options in sizes:
         results.append(run_case(options, 1 if arguments.quick else arguments.repeats))

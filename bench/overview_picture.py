@@ -1,4 +1,4 @@
-"""Draw docs/img/overview.png: one attention of the demo's model in token order, permuted by clusters, and selected.
+"""Draw docs/img/overview.png: an attention over clustered tokens in token order, permuted, and selected.
 
 python -m bench.overview_picture
 """
@@ -6,47 +6,24 @@ python -m bench.overview_picture
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import torch
-import torch.nn.functional as F
 
-from svg2_compile.demo import DemoOptions, demo_inputs, demo_model
+from bench.common import IMAGES
+from bench.rewritten_attention import Case, clustered_inputs
 from svg2_compile.kernels import ops
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "img" / "overview.png"
+PICTURE = IMAGES / "overview.png"
 TOP_P, NUM_Q_CLUSTERS, NUM_K_CLUSTERS, ITERS = 0.9, 8, 24, 10
-
-
-def capture_query_key(options: DemoOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key [1, H, N, D] of the self-attention of the demo model's second layer."""
-    model = demo_model(options)
-    noise, prompts = demo_inputs(options)
-    captured: list[tuple[torch.Tensor, torch.Tensor]] = []
-    dense = F.scaled_dot_product_attention
-
-    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        captured.append((query, key))
-        return dense(query, key, value, *args, **kwargs)
-
-    F.scaled_dot_product_attention = spy
-    try:
-        with torch.no_grad():
-            model(noise, timestep=torch.tensor([700]), encoder_hidden_states=prompts[0], return_dict=False)
-    finally:
-        F.scaled_dot_product_attention = dense
-    # Every layer has a self- and a cross-attention; the third call is the second layer's self-attention.
-    return captured[2]
 
 
 def draw() -> Path:
     """Compute and save the picture; return its path."""
-    options = DemoOptions(frames=6, height=16, width=16, layers=2)
-    query, key = (tensor[:, :1] for tensor in capture_query_key(options))
+    query, key, _ = clustered_inputs(Case(num_tokens=900, head_dim=16, num_heads=1, dtype=torch.float32, density=0.25))
     num_tokens, scale = query.shape[2], query.shape[3] ** -0.5
     cold, flag = torch.zeros(1, 1, NUM_Q_CLUSTERS, query.shape[3]), torch.tensor(False)
     q_labels, q_centroids, q_sizes = ops.kmeans(query, cold, flag, ITERS)
@@ -64,9 +41,9 @@ def draw() -> Path:
     recall = (permuted * selected).sum(-1).mean().item()
 
     panels = [
-        ("1  attention in token order", weights, None),
-        ("2  tokens permuted by k-means clusters", permuted, None),
-        (f"3  selected: {density:.0%} of the pairs, {recall:.0%} of the mass", permuted, selected),
+        ("1  attention, tokens in order", weights, None),
+        ("2  permuted by k-means clusters", permuted, None),
+        (f"3  selected: {density:.0%} of pairs, {recall:.0%} of mass", permuted, selected),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.3), constrained_layout=True)
     for axis, (title, values, mask) in zip(axes, panels, strict=True):

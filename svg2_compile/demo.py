@@ -256,17 +256,30 @@ def _print_result(result: DemoResult, options: DemoOptions, console: Console) ->
 
 def _picture(options: DemoOptions, dense: Loop, sparse: Loop) -> Path:
     """Write frames as one PNG: dense above, sparse in the middle, ten times their difference below."""
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
-    chosen = torch.linspace(0, options.frames - 1, min(5, options.frames)).round().long()
+    chosen = torch.linspace(0, options.frames - 1, min(5, options.frames)).round().long().tolist()
     low, high = dense.latents.quantile(0.01), dense.latents.quantile(0.99)
-    rows = []
-    for latents in (dense.latents, sparse.latents):
-        colours = ((latents[0, :3, chosen] - low) / (high - low)).clamp(0, 1)
-        rows.append(torch.cat(list(colours.unbind(1)), dim=-1))
-    rows.append(((rows[1] - rows[0]).abs() * 10).clamp(0, 1))
-    image = (torch.cat(rows, dim=-2) * 255).byte().permute(1, 2, 0).contiguous().numpy()
+    colours = [((loop.latents[0, :3] - low) / (high - low)).clamp(0, 1) for loop in (dense, sparse)]
+    rows = {
+        "dense": colours[0],
+        "sparse": colours[1],
+        "10 x difference": ((colours[1] - colours[0]).abs() * 10).clamp(0, 1),
+    }
+
+    height, width, gap, margin = (size * 4 for size in (options.height, options.width, 1, 26))
+    line = height + gap
+    canvas = Image.new("RGB", (margin + len(chosen) * (width + gap), 20 + len(rows) * line), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, (label, video) in enumerate(rows.items()):
+        draw.text((4, 20 + row * line + height // 2), label, fill="black")
+        for column, frame in enumerate(chosen):
+            pixels = (video[:, frame] * 255).byte().permute(1, 2, 0).contiguous().numpy()
+            picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(picture, (margin + column * (width + gap), 20 + row * line))
+            if row == 0:
+                draw.text((margin + column * (width + gap), 4), f"latent frame {frame}", fill="black")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "frames.png"
-    Image.fromarray(image).resize((image.shape[1] * 4, image.shape[0] * 4), Image.Resampling.NEAREST).save(path)
+    canvas.save(path)
     return path
