@@ -14,6 +14,8 @@ from typing import Any
 import sympy
 import torch
 
+from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION
+
 __all__ = ["CPU", "CostInputs", "DeviceProfile", "crossover_tokens", "dense_seconds", "expected_density", "profile_for"]
 __all__ += ["sparse_seconds", "speedup"]
 
@@ -38,6 +40,8 @@ class DeviceProfile:
 
 
 CPU = DeviceProfile("cpu", 1.0e11, 0.8e11, 0.5e11, 4e9, 1.5e-3, 1e-3, "measured by bench/cpu_attention on 2 cores")
+# Devices without kernels of their own run the readable reference, which is there to be right.
+REFERENCE = DeviceProfile("the reference", 1.0e14, 1.0e9, 1.0e9, 1e9, 1.0, 1.0, "no fast kernels for this device")
 _GPUS = {
     8: DeviceProfile("sm_80", 1.9e14, 1.2e14, 1.0e14, 1.2e12, 2e-6, 6e-5, "estimate, not measured"),
     9: DeviceProfile("sm_90", 6.0e14, 4.0e14, 3.0e14, 2.5e12, 1e-6, 6e-5, "estimate, not measured"),
@@ -64,6 +68,8 @@ class CostInputs:
 
 def profile_for(device: torch.device) -> DeviceProfile:
     """The profile of a device. Unknown GPUs count as the oldest known kind."""
+    if device.type not in ("cpu", "meta") and DEFAULT_IMPLEMENTATION.get(device.type) == "reference":
+        return REFERENCE
     if device.type != "cuda":
         return CPU
     major = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 9

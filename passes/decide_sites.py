@@ -17,8 +17,16 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
+from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION
 from svg2_compile.passes.axes import Factor, same_length, size_expr
-from svg2_compile.passes.cost_model import CostInputs, crossover_tokens, expected_density, profile_for, speedup
+from svg2_compile.passes.cost_model import (
+    REFERENCE,
+    CostInputs,
+    crossover_tokens,
+    expected_density,
+    profile_for,
+    speedup,
+)
 from svg2_compile.passes.fake_values import fake_mode_of_values, node_value
 from svg2_compile.passes.find_attention import AttentionCall, UnreadableAttention
 from svg2_compile.passes.key_padding import KeyPadding, MaskSkip, read_key_padding
@@ -147,6 +155,8 @@ def _skip_site(site: Site, reason: str, detail: str) -> Skip:
 def _decide(call: AttentionCall, layouts: TokenLayouts, policy: SitePolicy, device: torch.device) -> Site | Skip:
     numbers: dict[str, Any] = {}
     try:
+        if device.type not in (*DEFAULT_IMPLEMENTATION, "meta"):
+            raise _Dense("unsupported_device", f"{device.type}; supported: {', '.join(DEFAULT_IMPLEMENTATION)}")
         batch, num_heads, num_kv_heads, head_dim, tokens = _dimensions(call)
         numbers |= {"num_heads": num_heads, "head_dim": head_dim}
         start, video = _video_part(call, layouts)
@@ -279,6 +289,8 @@ def _check_length(site: Site, policy: SitePolicy, device: torch.device) -> Site:
     )
     profile = profile_for(device)
     gain = float(speedup(cost, profile)) if cost.groups and video else 0.0
+    if policy.min_tokens == "auto" and profile is REFERENCE:
+        raise _Dense("cost", f"no fast kernels for {device.type} devices: min_tokens=<int> runs the slow reference")
     if policy.min_tokens == "auto" and gain <= 1.0:
         crossover = crossover_tokens(cost, profile) if cost.groups else None
         where = f"from about {crossover} tokens on" if crossover else "at no length"

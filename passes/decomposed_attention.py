@@ -20,7 +20,7 @@ from torch import fx
 
 from svg2_compile.passes.fake_values import node_value
 from svg2_compile.passes.find_attention import AttentionCall, UnreadableAttention
-from svg2_compile.passes.fx_utils import bind_arguments, module_path, operator_name, shape_of
+from svg2_compile.passes.fx_utils import bind_arguments, module_path, operator_name, shape_of, users_of
 
 __all__ = ["read_decomposed"]
 
@@ -75,7 +75,7 @@ def read_decomposed(node: fx.Node) -> AttentionCall | UnreadableAttention | None
             raise _NotUnderstood("the softmax is not over the last axis")
         scores = _read_scores(node, weights.guards)
         if (
-            any(user is not weights.node and user not in weights.guards for user in node.users)
+            any(user is not weights.node and user not in weights.guards for user in users_of(node))
             and weights.node is not node
         ):
             raise _NotUnderstood("the attention weights are used elsewhere")
@@ -155,7 +155,7 @@ def _read_scores(softmax: fx.Node, guards: frozenset[fx.Node]) -> _Scores:
         if not isinstance(current, fx.Node):
             raise _NotUnderstood("the softmax has no tensor of the graph as input")
         name = operator_name(current)
-        if len(set(current.users) - guards) != 1:
+        if len(users_of(current) - guards) != 1:
             raise _NotUnderstood(f"the scores ({name}) are used elsewhere")
         if name in _MATMUL:
             scores.product = current
@@ -268,10 +268,10 @@ def _product_below(softmax: fx.Node) -> fx.Node | None:
     """The matrix product that the weights reach through casts, views and inactive dropout; None if there is none."""
     current = softmax
     for _ in range(8):
-        for user in current.users:
+        for user in users_of(current):
             if operator_name(user) in _MATMUL:
                 return user
-        followed = [user for user in current.users if operator_name(user) in _CAST | _RESHAPE | _DROPOUT]
+        followed = [user for user in users_of(current) if operator_name(user) in _CAST | _RESHAPE | _DROPOUT]
         if not followed:
             return None
         current = followed[0]
@@ -282,9 +282,10 @@ def _sole_consumer(softmax: fx.Node, product: fx.Node) -> fx.Node:
     """The node through which the weights enter ``product``, if nothing else uses them."""
     current = softmax
     while True:
-        if len(current.users) != 1:
+        users = users_of(current)
+        if len(users) != 1:
             raise _NotUnderstood("the attention weights are used elsewhere")
-        (user,) = current.users
+        (user,) = users
         if user is product:
             return current
         if operator_name(user) in _DROPOUT and _drops(user):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 def node_value(node: fx.Node) -> Any:
     """The example value of a node: a fake tensor, a symbolic number, a tuple of them, or None."""
-    return node.meta.get("example_value", node.meta.get("val"))
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def is_parameter(node: fx.Node) -> bool:

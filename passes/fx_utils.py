@@ -13,7 +13,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from svg2_compile.passes.fake_values import node_value
 
-__all__ = ["SizeEmitter", "bind_arguments", "module_path", "operator_name", "shape_of"]
+__all__ = ["SizeEmitter", "bind_arguments", "module_path", "operator_name", "shape_of", "users_of"]
 
 
 def operator_name(node: fx.Node) -> str:
@@ -40,6 +40,11 @@ def shape_of(node: Any) -> tuple[Any, ...] | None:
     """The shape of the tensor that a node yields (ints and SymInts); None if it yields no tensor."""
     value = node_value(node) if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def users_of(node: fx.Node) -> set[fx.Node]:
+    """The nodes that use the value of a node; torch.export's assertions about its metadata do not count."""
+    return {user for user in node.users if operator_name(user) != "_assert_tensor_metadata"}
 
 
 _INDEX = re.compile(r"\[['\"]?(\w+)['\"]?\]")
@@ -121,7 +126,7 @@ class SizeEmitter:
 
     def _evaluate(self, node: fx.Node) -> None:
         """Give a new node the fake value that it has on its arguments' fake values."""
-        key = "example_value" if any("example_value" in n.meta for n in node.all_input_nodes) else "val"
+        key = "val" if any("val" in n.meta for n in node.all_input_nodes) else "example_value"
         args, kwargs = fx.map_arg((node.args, node.kwargs), node_value)
         target = node.target
         assert callable(target)
