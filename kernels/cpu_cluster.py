@@ -48,9 +48,13 @@ def _spread_seeds(tokens: Tensor, num_clusters: int) -> Tensor:
 def _lloyd(tokens: Tensor, centroids: Tensor, iters: int) -> tuple[Tensor, Tensor, Tensor]:
     """Assign then update, ``iters`` times, for float32 tokens [n, D]: labels int64 [n], centroids [C, D], sizes
     [C]."""
+    previous: Tensor | None = None
     for _ in range(iters):
         labels = _nearest_centroid(tokens, centroids)
+        if previous is not None and torch.equal(labels, previous):
+            break  # a fixed point: every further iteration would give the same
         centroids, sizes = _member_means(tokens, labels, centroids)
+        previous = labels
     return labels, centroids, sizes
 
 

@@ -25,8 +25,8 @@ class DeviceProfile:
     """Throughputs of one kind of device.
 
     dense_flops, sparse_flops: FLOP/s of dense and block-sparse attention on useful work. kmeans_flops: FLOP/s of the
-    assignment. bandwidth: bytes/s of the permutations. head_overhead, call_overhead: seconds per (batch, head) and
-    per rewritten attention. source: where the figures come from.
+    assignment. bandwidth: bytes/s of the permutations. cluster_overhead: seconds per query cluster of every (batch,
+    head); head_overhead: per (batch, head); call_overhead: per rewritten attention. source: of the figures.
     """
 
     name: str
@@ -34,17 +34,21 @@ class DeviceProfile:
     sparse_flops: float
     kmeans_flops: float
     bandwidth: float
+    cluster_overhead: float
     head_overhead: float
     call_overhead: float
     source: str
 
 
-CPU = DeviceProfile("cpu", 1.0e11, 0.8e11, 0.5e11, 4e9, 1.5e-3, 1e-3, "measured by bench/cpu_attention on 2 cores")
+CPU = DeviceProfile(
+    *("cpu", 1.6e11, 1.3e11, 0.5e11, 5e9, 1.5e-4, 1e-3, 1e-3),
+    source="fitted to bench/cpu_attention on 2 cores: float32, 1,024 to 32,768 tokens",
+)
 # Devices without kernels of their own run the readable reference, which is there to be right.
-REFERENCE = DeviceProfile("the reference", 1.0e14, 1.0e9, 1.0e9, 1e9, 1.0, 1.0, "no fast kernels for this device")
+REFERENCE = DeviceProfile("the reference", 1.0e14, 1.0e9, 1.0e9, 1e9, 1.0, 1.0, 1.0, "no fast kernels for this device")
 _GPUS = {
-    8: DeviceProfile("sm_80", 1.9e14, 1.2e14, 1.0e14, 1.2e12, 2e-6, 6e-5, "estimate, not measured"),
-    9: DeviceProfile("sm_90", 6.0e14, 4.0e14, 3.0e14, 2.5e12, 1e-6, 6e-5, "estimate, not measured"),
+    8: DeviceProfile("sm_80", 1.9e14, 1.2e14, 1.0e14, 1.2e12, 0.0, 2e-6, 6e-5, "estimate, not measured"),
+    9: DeviceProfile("sm_90", 6.0e14, 4.0e14, 3.0e14, 2.5e12, 0.0, 1e-6, 6e-5, "estimate, not measured"),
 }
 
 # (top_p, density): published mean densities of SVG2 (algorithm: SVG2 0.9 -> 25-32 %, SVG2-Turbo 0.7 -> 13-14 %).
@@ -101,7 +105,8 @@ def sparse_seconds(cost: CostInputs, profile: DeviceProfile) -> Any:
     permute = 8 * cost.groups * tokens * cost.head_dim * cost.bytes_per_element / profile.bandwidth
     pairs = cost.density * cost.video**2 + 2 * cost.video * cost.context + cost.context**2
     attend = 4 * cost.groups * pairs * cost.head_dim / profile.sparse_flops
-    return kmeans + permute + attend + cost.groups * profile.head_overhead + profile.call_overhead
+    per_head = profile.head_overhead + cost.num_q_clusters * profile.cluster_overhead
+    return kmeans + permute + attend + cost.groups * per_head + profile.call_overhead
 
 
 def speedup(cost: CostInputs, profile: DeviceProfile) -> Any:

@@ -185,7 +185,15 @@ def _compile_in_place(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with session.scope.running(module, label), enabled_dynamo_settings():
-            return compiled(*args, **kwargs)
+            result = compiled(*args, **kwargs)
+        if not backend.graphs:
+            session.once.warning(
+                "no graph",
+                "%s runs eagerly and dense: Dynamo handed over no graph of it (after too many recompilations it gives "
+                "a function up for good; torch._dynamo.reset() starts over).",
+                type(module).__name__,
+            )
+        return result
 
     module._compiled_call_impl = call
     reference = weakref.ref(module)

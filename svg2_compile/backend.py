@@ -71,9 +71,11 @@ class Svg2Backend:
         self.config = config
         self.session = session
         self.regional = regional
+        self.graphs = 0
         _sessions.add(session)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
         name = f"graph_{next(_graph_numbers)}"
         dense = CompiledGraph(gm, _fake_inputs(gm), self._compile_inner)
         if _is_training(example_inputs):

@@ -19,7 +19,17 @@ from svg2_compile.explanation import explain
 from svg2_compile.inner_backend import compile_inner
 from svg2_compile.reports import Report
 
-__all__ = ["DemoOptions", "DemoResult", "demo_inputs", "demo_model", "demo_scheduler", "denoise", "run_demo", "warm_up"]
+__all__ = [
+    "DemoOptions",
+    "DemoResult",
+    "demo_inputs",
+    "demo_model",
+    "demo_scheduler",
+    "demo_settings",
+    "denoise",
+    "run_demo",
+    "warm_up",
+]
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,11 @@ def demo_model(options: DemoOptions) -> torch.nn.Module:
 QUERY_KEY_GAIN = 2.5
 
 
+def demo_settings(options: DemoOptions) -> dict[str, Any]:
+    """The svg2 options of the demo. A loop this short would not pay back the 50 iterations of a long one's start."""
+    return {"top_p": options.top_p, "min_tokens": 0, "dense_layers": 0, "init_iters": 10}
+
+
 def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     """Run the demo, print what it finds and write a picture.
 
@@ -107,6 +122,8 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
         ImportError: diffusers or Pillow is missing; the message names the extra to install.
     """
     _need_extras()
+    # Several demos in one process would otherwise add up to Dynamo's limit of recompilations.
+    torch._dynamo.reset()
     model = demo_model(options)
     noise, prompts = demo_inputs(options)
     console.print(
@@ -114,8 +131,8 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
         f"{options.tokens} video tokens, {options.steps} steps with guidance "
         "(random weights, so the pictures are abstract)\n"
     )
-    call = {"timestep": torch.tensor([999]), "encoder_hidden_states": prompts[0], "return_dict": False}
-    settings = {"top_p": options.top_p, "min_tokens": 0, "dense_layers": 0}
+    call = {"timestep": torch.tensor([999.0]), "encoder_hidden_states": prompts[0], "return_dict": False}
+    settings = demo_settings(options)
     console.print(explain(model, noise, options=settings, **call).table())
 
     with torch.no_grad(), Progress(console=console, transient=True) as progress:

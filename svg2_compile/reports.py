@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,7 +101,8 @@ class Report:
         Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def __str__(self) -> str:
-        return self.render()
+        columns = shutil.get_terminal_size((100, 24)).columns
+        return self.render(max(60, min(columns, 100)))
 
     def render(self, width: int = 100) -> str:
         """The report as text, at most ``width`` columns wide. Repeated layers share a row."""
