@@ -16,7 +16,7 @@ from rich.table import Table
 import svg2_compile
 from bench.common import write_results
 from tests.support import IDENTITY, first_output
-from tests.zoo.models import VIDEO_MODELS, build
+from tests.zoo.models import ZOO, build
 
 
 def row(name: str) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def row(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    results = [row(name) for name in VIDEO_MODELS]
+    results = [row(name) for name in ZOO]
     table = Table(*results[0])
     for result in results:
         table.add_row(*(str(value) for value in result.values()))
