@@ -21,7 +21,7 @@ from bench.common import require_close, write_results
 from svg2_compile.inner_backend import compile_inner
 
 # Every self-attention becomes sparse, and both graphs are compiled.
-OPTIONS = {"min_tokens": 0, "dense_steps": 1, "dense_layers": 0, "top_p": 1.0, "min_k_ratio": 1.0}
+OPTIONS: dict[str, Any] = {"min_tokens": 0, "dense_steps": 1, "dense_layers": 0, "top_p": 1.0, "min_k_ratio": 1.0}
 
 
 def model_and_inputs(layers: int) -> tuple[torch.nn.Module, dict[str, Any]]:
