@@ -24,7 +24,7 @@ from svg2_compile.inner_backend import compile_inner
 OPTIONS: dict[str, Any] = {"min_tokens": 0, "dense_steps": 1, "dense_layers": 0, "top_p": 1.0, "min_k_ratio": 1.0}
 
 
-def model_and_inputs(layers: int) -> tuple[torch.nn.Module, dict[str, Any]]:
+def model_and_inputs(layers: int) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     model = WanTransformer3DModel(
         num_attention_heads=2,
