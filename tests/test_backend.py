@@ -84,7 +84,9 @@ def test_a_new_resolution_is_no_recompile_where_shapes_are_dynamic():
 
 def test_inductor_with_dynamic_shapes():
     model = _block()
-    compiled = torch.compile(model, backend="svg2", dynamic=True, options={**IDENTITY, "inner_backend": "inductor"})
+    compiled = torch.compile(
+        model, backend="svg2", dynamic=True, options={**IDENTITY, "inner_backend": "inductor", "strict": False}
+    )
     with torch.no_grad():
         for tokens in (100, 64):
             assert_close(
@@ -125,7 +127,7 @@ def test_dense_steps_are_bit_identical_to_inductor():
         # As svg2 calls it: without a C++ compiler both sides are "eager".
         alone = first_output(torch.compile(module, backend=lambda gm, ex: compile_inner(gm, ex, "inductor")), inputs)
         torch._dynamo.reset()
-        options = {**SELECTION, "dense_steps": 1, "inner_backend": "inductor"}
+        options = {**SELECTION, "dense_steps": 1, "inner_backend": "inductor", "strict": False}
         compiled = torch.compile(module, backend="svg2", options=options)
         assert torch.equal(first_output(compiled, inputs), alone)
         later = first_output(compiled, at_timestep(inputs, 3))

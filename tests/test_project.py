@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,14 +25,11 @@ PACKAGES = {"kernels": "svg2_compile.kernels", "passes": "svg2_compile.passes", 
 
 def _tracked(pattern: str = "*") -> list[Path]:
     """The files of the repository, or of an unpacked source archive."""
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", pattern],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listing.returncode == 0:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", pattern]
+    listing = None
+    if shutil.which("git"):
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing is not None and listing.returncode == 0:
         paths = [ROOT / name for name in listing.stdout.split("\0") if name]
     else:
         paths = [path for folder in (*ALLOWED, "tests", "bench") for path in (ROOT / folder).rglob(pattern)]
