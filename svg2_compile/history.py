@@ -6,7 +6,6 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -103,13 +102,3 @@ class RunHistory:
     def site_records(self) -> list[SiteRecord]:
         """One record per attention and call. Reads densities from the device."""
         return [record for call in self._calls for record in call.site_records()]
-
-    def summary(self) -> dict[str, Any]:
-        """Counts by graph and the mean density of the sparse calls."""
-        records = self.site_records()
-        densities = [r.density for r in records if r.graph == "sparse" and r.density is not None]
-        return {
-            "sparse": sum(r.graph == "sparse" for r in records),
-            "dense": sum(r.graph == "dense" for r in records),
-            "mean_density": sum(densities) / len(densities) if densities else None,
-        }

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 # Every attention sparse from the first call on, with all clusters kept: the result must equal dense attention.
 IDENTITY: dict[str, Any] = {
@@ -47,23 +46,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, slack: float = 1.
     assert error <= limit, f"largest error {error:.3e} over the limit {limit:.3e}"
 
 
-class CompileCounter:
-    """A backend that counts how often Dynamo compiles, in front of another backend."""
-
-    def __init__(self, backend: Callable[..., Any]) -> None:
-        self.backend = backend
-        self.graphs = 0
-
-    def __call__(self, gm: Any, example_inputs: Any) -> Any:
-        self.graphs += 1
-        return self.backend(gm, example_inputs)
-
-
 def at_timestep(inputs: dict[str, Any], value: float) -> dict[str, Any]:
     """The inputs of a model with another timestep."""
     timestep = inputs["timestep"]
     return {**inputs, "timestep": torch.full_like(timestep, value)}
-
-
-def parameters_of(module: nn.Module) -> list[nn.Parameter]:
-    return list(module.parameters())
