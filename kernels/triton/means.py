@@ -1,0 +1,67 @@
+"""Means of clusters: sums over the rows of a segment, in float32 and in a fixed order, so without atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from svg2_compile.kernels.triton.launch import device_of, padded, row_strides, rows_dense
+from svg2_compile.kernels.triton.primitives import head_base, load_rows
+
+__all__ = ["ROWS_PER_STEP", "cluster_means", "sum_segment"]
+
+ROWS_PER_STEP = 32
+
+
+@triton.jit
+def sum_segment(
+    head, order, begin, end, stride_n,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Sum of the head's rows [begin, end), or of rows order[begin:end]: float32 [BLOCK_D]."""
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        present = row < end
+        if HAS_ORDER:
+            token = tl.load(order + row, mask=present, other=0)
+        else:
+            token = row
+        total += load_rows(head, token, present, stride_n, WIDTH, BLOCK_D, False).to(tl.float32)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["num_clusters"])
+def _cluster_means(
+    x, offsets, means, num_heads, num_clusters, x_b, x_h, x_n,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """means [groups, C, WIDTH] of the rows between two offsets; zero where there are none."""
+    cluster, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    boundary = offsets + group * (num_clusters + 3) + cluster
+    begin, end = tl.load(boundary), tl.load(boundary + 1)
+    x += head_base(group, num_heads, x_b, x_h)
+    total = sum_segment(x, offsets, begin, end, x_n, ROWS, WIDTH, BLOCK_D, False)
+    column = tl.arange(0, BLOCK_D)
+    mean = total / tl.maximum(end - begin, 1).to(tl.float32)
+    tl.store(means + (group * num_clusters + cluster) * WIDTH + column, mean, mask=column < WIDTH)
+
+
+def cluster_means(x: Tensor, offsets: Tensor) -> Tensor:
+    """Mean row of each cluster of permuted rows; see ``ops.cluster_means``."""
+    batch, heads, num_tokens, width = x.shape
+    num_clusters = offsets.shape[2] - 3
+    means = x.new_empty(batch, heads, num_clusters, width, dtype=torch.float32)
+    if means.numel() == 0:
+        return means
+    if num_tokens == 0:
+        return means.zero_()
+    x, offsets = rows_dense(x), offsets.contiguous()
+    with device_of(x):
+        _cluster_means[num_clusters, batch * heads](
+            *(x, offsets, means, heads, num_clusters, *row_strides(x)),
+            **{"ROWS": ROWS_PER_STEP, "WIDTH": width, "BLOCK_D": padded(width), "num_warps": 4},
+        )
+    return means

@@ -1,0 +1,165 @@
+"""Launches without a GPU: which kernels a call would start, and what each of them costs the machine.
+
+``record_launches`` runs host code on fake CUDA tensors and notes every kernel launch instead of making it; a host read of
+device data is an error there. ``compile_launch`` compiles one noted launch for any target and reports registers,
+spills, shared memory and the instructions that matter. Both need Triton, neither a driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from svg2_compile.kernels.triton import launch as launching
+
+__all__ = ["TARGETS", "Launch", "Resources", "compile_launch", "record_launches", "shared_memory_limit"]
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory that one program may have (CUDA programming guide, compute capabilities; AMD: LDS of CDNA3).
+_SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, "gfx942": 65536}
+_POINTEES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+}
+_COMPILE_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the function, its grid, its arguments by name (tensors as "*dtype") and compile options."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes. Fields that a target does not report are None.
+
+    registers: per thread. spill_bytes: stores and loads. shared_bytes: per program. matrix_instructions: tensor-core
+    instructions in the machine code; warpgroup_instructions: those of Hopper's asynchronous kind. async_copies:
+    global-to-shared. warnings: the assembler's about serialised tensor-core work.
+    """
+
+    registers: int | None
+    spill_bytes: int | None
+    shared_bytes: int
+    matrix_instructions: int
+    warpgroup_instructions: int
+    async_copies: int
+    warnings: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def record_launches(num_processors: int = 132) -> Iterator[tuple[FakeTensorMode, list[Launch]]]:
+    """Inside, Triton kernels are noted in the list instead of launched. Make fake CUDA tensors under the mode."""
+    launches: list[Launch] = []
+
+    def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bound = dict(zip(self.arg_names, args, strict=False))
+        options = {name: kwargs.pop(name) for name in _COMPILE_OPTIONS if name in kwargs}
+        arguments = {name: _describe(value) for name, value in {**bound, **kwargs}.items()}
+        sizes = grid(arguments) if callable(grid) else grid
+        launches.append(Launch(self, tuple(int(size) for size in sizes), arguments, options))
+
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        launching.rehearsal(num_processors),
+        FakeTensorMode(allow_non_fake_inputs=False) as mode,
+    ):
+        yield mode, launches
+
+
+def _describe(value: Any) -> Any:
+    return "*" + _POINTEES[value.dtype] if isinstance(value, torch.Tensor) else value
+
+
+def _source(launch: Launch) -> ASTSource:
+    """What the launcher would hand to the compiler: types, constants, and which arguments are multiples of 16."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        is_pointer = isinstance(value, str) and value.startswith("*")
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif is_pointer:
+            signature[parameter.name] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        divisible = is_pointer or (specialised and isinstance(value, int) and value % 16 == 0)
+        if divisible and signature[parameter.name] != "constexpr":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Resources:
+    """Compile one launch for ``target`` and read off its costs. Raises whatever the compiler raises."""
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True  # a cached kernel carries no log
+        compiled = triton.compile(_source(launch), target=target, options=launch.options)
+    if target.backend == "hip":
+        return _read_amd(compiled.asm["amdgcn"], compiled.metadata.shared)
+    return _read_nvidia(log.getvalue(), compiled.asm["ptx"], compiled.metadata.shared)
+
+
+def _last_number(pattern: str, text: str) -> int | None:
+    found = re.findall(pattern, text)
+    return int(found[-1]) if found else None
+
+
+def _read_nvidia(log: str, ptx: str, shared: int) -> Resources:
+    stores, loads = (_last_number(rf"(\d+) bytes spill {kind}", log) for kind in ("stores", "loads"))
+    warpgroup = len(re.findall(r"wgmma\.mma_async", ptx))
+    matrix = warpgroup + len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx))
+    copies = len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", ptx))
+    warnings = tuple(line.strip() for line in log.splitlines() if re.search(r"C751[0-9]|serializ", line))
+    spills = None if stores is None or loads is None else stores + loads
+    return Resources(_last_number(r"Used (\d+) registers", log), spills, shared, matrix, warpgroup, copies, warnings)
+
+
+def _read_amd(assembly: str, shared: int) -> Resources:
+    registers = _last_number(r"\.vgpr_count:\s+(\d+)", assembly)
+    spills = _last_number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+    return Resources(registers, spills, shared, assembly.count("v_mfma"), 0, 0, ())
+
+
+def shared_memory_limit(target: GPUTarget) -> int:
+    """Bytes that one program may have on ``target``; the smallest known limit for an unknown one."""
+    return _SHARED_LIMITS.get(target.arch, 65536 if target.backend == "hip" else 101376)

@@ -1,0 +1,68 @@
+"""How much memory the attention kernel's lists may take, and into how many passes that cuts the work. Plain integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ID_TILE", "Workspace", "plan_workspace"]
+
+ID_TILE = 128  # lists are padded to a multiple of this: the largest tile of keys
+BYTES_PER_ID = 4
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Sizes for one call of block_sparse_attention.
+
+    groups_per_chunk: (batch, query head) groups planned at a time. pool_ids: key ids that the pool holds. capacity: ids
+    by which one pass advances. passes: per chunk. bytes: of everything that the call allocates besides its results.
+    """
+
+    groups_per_chunk: int
+    pool_ids: int
+    capacity: int
+    passes: int
+    bytes: int
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def plan_workspace(
+    *,
+    num_groups: int,
+    num_kv_groups: int,
+    num_queries: int,
+    num_keys: int,
+    num_q_blocks: int,
+    num_k_blocks: int,
+    block_m: int,
+    compensate: bool,
+    limit_bytes: int,
+) -> Workspace:
+    """Fit the lists of the worst case (every block selected) into ``limit_bytes``.
+
+    Raises ValueError where not even one group fits, with the number of MiB that would.
+    """
+    longest_row = _round_up(num_keys, ID_TILE) + (_round_up(num_k_blocks, ID_TILE) if compensate else 0)
+    # Per row: shifts, lengths of two lists, reserved length, place, tiles and their start.
+    group_bytes = num_q_blocks * (4 * num_k_blocks + 4 + 4 + 8 + 8 + 4 + 4) + 4 * (num_queries // block_m + num_q_blocks)
+    fixed_bytes = 4 * num_kv_groups * num_keys
+    least_pool = 2 * longest_row + ID_TILE
+    least_bytes = fixed_bytes + group_bytes + BYTES_PER_ID * least_pool
+    if least_bytes > limit_bytes:
+        raise ValueError(
+            f"svg2::block_sparse_attention: workspace_mb is {limit_bytes / 2**20:.0f}; valid here: at least "
+            f"{-(-least_bytes // 2**20)} (lists for {num_keys} keys, {num_q_blocks} by {num_k_blocks} blocks)"
+        )
+    for_groups = max((limit_bytes - fixed_bytes) // 4, group_bytes)
+    groups = max(1, min(num_groups, for_groups // group_bytes))
+    worst_total = groups * min(num_q_blocks, num_queries) * longest_row
+    affordable = (limit_bytes - fixed_bytes - groups * group_bytes) // BYTES_PER_ID
+    pool_ids = min(max(affordable, least_pool), worst_total + longest_row + ID_TILE)
+    # A row begins inside a pass's stretch and may end beyond it; the kernel also looks one tile ahead.
+    capacity = pool_ids - longest_row - ID_TILE
+    passes = max(1, -(-worst_total // capacity))
+    total = fixed_bytes + groups * group_bytes + BYTES_PER_ID * pool_ids
+    return Workspace(groups, pool_ids, capacity, passes, total)
