@@ -39,7 +39,7 @@ def _value_scalars(
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
         present = row < end
-        rows = load_rows(value, row, present, v_n, WIDTH, BLOCK_D, False).to(tl.float32)
+        rows = load_rows(value, row, present, v_n, WIDTH, BLOCK_D).to(tl.float32)
         tl.store(squares + group * num_tokens + row, tl.sum(rows * rows, 1), mask=present)
         tl.store(products + group * num_tokens + row, tl.sum(rows * mean[None, :], 1), mask=present)
 
@@ -58,7 +58,7 @@ def _log_errors(
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_row = row < num_q_clusters
     centroids = q_centroids + group.to(tl.int64) * num_q_clusters * WIDTH
-    query = load_rows(centroids, row, is_row, WIDTH, WIDTH, BLOCK_D, False)
+    query = load_rows(centroids, row, is_row, WIDTH, WIDTH, BLOCK_D)
     line = (tl.program_id(2).to(tl.int64) * num_q_clusters + row) * num_k_clusters + cluster
     mean_logit = tl.load(logits + line, mask=is_row, other=0.0) * scale_log2
 
@@ -74,7 +74,7 @@ def _log_errors(
     for first in range(begin, end, BLOCK_K):
         token = first + tl.arange(0, BLOCK_K)
         present = token < end
-        keys = load_rows(key, token, present, k_n, WIDTH, BLOCK_D, False).to(tl.float32)
+        keys = load_rows(key, token, present, k_n, WIDTH, BLOCK_D).to(tl.float32)
         exponent = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale_log2 - mean_logit[:, None]
         exponent = tl.where(present[None, :], exponent, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(exponent, 1))

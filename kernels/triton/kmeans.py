@@ -119,7 +119,7 @@ def _assign(
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     present = token < num_tokens
     x += head_base(group, num_heads, x_b, x_h)
-    tokens = load_rows(x, token, present, x_n, WIDTH, BLOCK_D, False)
+    tokens = load_rows(x, token, present, x_n, WIDTH, BLOCK_D)
     column = tl.arange(0, BLOCK_C)
     width = tl.arange(0, BLOCK_D)
     prepared += group.to(tl.int64) * num_padded * BLOCK_D

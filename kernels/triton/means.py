@@ -29,7 +29,7 @@ def sum_segment(
             token = tl.load(order + row, mask=present, other=0)
         else:
             token = row
-        total += load_rows(head, token, present, stride_n, WIDTH, BLOCK_D, False).to(tl.float32)
+        total += load_rows(head, token, present, stride_n, WIDTH, BLOCK_D).to(tl.float32)
     return tl.sum(total, 0)
 
 

@@ -28,7 +28,7 @@ def _move_rows(
     out += head_base(group, num_heads, out_b, out_h)
     source = token if GATHER else row
     target = row if GATHER else token
-    tile = load_rows(x, source, present, x_n, WIDTH, BLOCK_D, False)
+    tile = load_rows(x, source, present, x_n, WIDTH, BLOCK_D)
     store_rows(out, target, present, out_n, tile, WIDTH, BLOCK_D)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from svg2_compile.kernels.triton.launch import num_processors
 from svg2_compile.kernels.triton.primitives import kv_group_of
-from svg2_compile.kernels.triton.workspace import ID_TILE, Workspace
+from svg2_compile.kernels.triton.workspace import Workspace
 
 __all__ = ["AttentionPlan", "Blocks", "label_keys", "plan_rows", "row_key_counts", "write_lists"]
 
@@ -70,7 +70,7 @@ class AttentionPlan(NamedTuple):
 def _measure_rows(
     block_map, q_offsets, k_offsets, shift, key_counts, skipped_counts, reserved, tiles,
     first_group, num_q_heads, num_kv_heads, num_rows, num_blocks,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, ID_TILE: tl.constexpr, COMPENSATE: tl.constexpr, PLAN: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, COMPENSATE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Lengths of one row's lists and where each of its key blocks goes in them; only key_counts unless PLAN."""
     row = num_rows - 1 - tl.program_id(0)
@@ -100,10 +100,10 @@ def _measure_rows(
     if PLAN:
         q_boundary = q_offsets + group * (num_rows + 1) + row
         num_queries = tl.load(q_boundary + 1) - tl.load(q_boundary)
-        room = (length + ID_TILE - 1) // ID_TILE * ID_TILE
+        room = length
         tl.store(skipped_counts + slot, skipped)
         if COMPENSATE:
-            room += (skipped + ID_TILE - 1) // ID_TILE * ID_TILE
+            room += skipped
         tl.store(reserved + slot, tl.where(num_queries > 0, room, 0))
         tl.store(tiles + slot, (num_queries + BLOCK_M - 1) // BLOCK_M)
 
@@ -133,7 +133,7 @@ def _list_tiles(tile_starts, tile_slots, STEP: tl.constexpr):
 def _write_lists(
     shift, key_counts, places, pass_slots, block_of_key, k_order, pool, this_pass, capacity,
     first_group, num_q_heads, num_kv_heads, num_rows, num_blocks, num_keys,
-    STEP: tl.constexpr, ID_TILE: tl.constexpr, HAS_ORDER: tl.constexpr, COMPENSATE: tl.constexpr,
+    STEP: tl.constexpr, HAS_ORDER: tl.constexpr, COMPENSATE: tl.constexpr,
 ):  # fmt: skip
     """Write the lists of the rows of one pass into the pool; every program takes a row at a time."""
     last = tl.load(pass_slots + this_pass + 1)
@@ -154,21 +154,14 @@ def _write_lists(
                 else:
                     token = key
                 tl.store(ids + key + offset, token, mask=present & (offset > NOTHING))
-            # Padding names key 0: its score is masked, its address is safe.
-            end = (length + ID_TILE - 1) // ID_TILE * ID_TILE
-            padding = length + tl.arange(0, ID_TILE)
-            tl.store(ids + padding, tl.zeros([ID_TILE], tl.int32), mask=padding < end)
             if COMPENSATE:
                 seen = length * 0
                 for first in range(0, num_blocks, STEP):
                     block = first + tl.arange(0, STEP)
                     skips = tl.load(row_shift + block, mask=block < num_blocks, other=NOTHING) == SKIPPED
                     count = skips.to(tl.int32)
-                    tl.store(ids + end + seen + tl.cumsum(count, 0) - count, block, mask=skips)
+                    tl.store(ids + length + seen + tl.cumsum(count, 0) - count, block, mask=skips)
                     seen += tl.sum(count, 0)
-                padding = seen + tl.arange(0, ID_TILE)
-                room = (seen + ID_TILE - 1) // ID_TILE * ID_TILE
-                tl.store(ids + end + padding, tl.zeros([ID_TILE], tl.int32), mask=padding < room)
 
 
 def _measure(
@@ -179,7 +172,7 @@ def _measure(
         *(blocks.block_map, blocks.q_offsets, blocks.k_offsets, *outputs),
         *(groups.start, *blocks.heads, num_rows, num_k_blocks),
         **{"BLOCK": min(triton.next_power_of_2(num_k_blocks), BLOCKS_PER_STEP), "BLOCK_M": block_m},
-        **{"ID_TILE": ID_TILE, "COMPENSATE": compensate, "PLAN": plan, "num_warps": 4},
+        **{"COMPENSATE": compensate, "PLAN": plan, "num_warps": 4},
     )
 
 
@@ -201,7 +194,9 @@ def label_keys(k_offsets: Tensor, num_keys: int) -> Tensor:
     return labels
 
 
-def plan_rows(blocks: Blocks, groups: slice, num_queries: int, block_m: int, compensate: bool, space: Workspace) -> AttentionPlan:
+def plan_rows(
+    blocks: Blocks, groups: slice, num_queries: int, block_m: int, compensate: bool, space: Workspace
+) -> AttentionPlan:
     """Measure the rows of some groups and give every list its place and every query tile its row."""
     num_rows, num_k_blocks = blocks.block_map.shape[2:]
     num_groups = groups.stop - groups.start
@@ -210,35 +205,31 @@ def plan_rows(blocks: Blocks, groups: slice, num_queries: int, block_m: int, com
     shift, key_counts, skipped_counts, tiles = new(slots, num_k_blocks), new(slots), new(slots), new(slots)
     reserved = new(slots, dtype=torch.int64)
     _measure(blocks, groups, (shift, key_counts, skipped_counts, reserved, tiles), block_m, compensate, plan=True)
-    places = reserved.new_zeros(slots + 1)
-    torch.cumsum(reserved, 0, out=places[1:])
-    tile_starts = tiles.new_zeros(slots + 1)
-    torch.cumsum(tiles, 0, dtype=torch.int32, out=tile_starts[1:])
+    places = torch.nn.functional.pad(reserved.cumsum(0), (1, 0))
+    tile_starts = torch.nn.functional.pad(tiles.cumsum(0, dtype=torch.int32), (1, 0))
     tile_slots = new(num_groups * (num_rows + num_queries // block_m))
     _list_tiles[(slots,)](tile_starts, tile_slots, STEP=64, num_warps=1)
-    boundaries = torch.arange(space.passes + 1, device=places.device) * space.capacity
-    boundaries[-1:].fill_(1 << 62)  # the last pass also takes rows without keys at the very end
-    pass_slots = torch.searchsorted(places[:-1], boundaries)
+    boundaries = torch.arange(space.passes, device=places.device) * space.capacity
+    pass_slots = torch.searchsorted(places.narrow(0, 0, slots), boundaries)
+    # The last pass takes all that is left, rows without keys at the very end as well.
+    pass_slots = torch.nn.functional.pad(pass_slots, (0, 1), value=slots)
     return AttentionPlan(shift, key_counts, skipped_counts, places, tile_starts, tile_slots, pass_slots)
 
 
 def write_lists(
     plan: AttentionPlan,
     blocks: Blocks,
-    groups: slice,
+    place: tuple[int, int, int],
     block_of_key: Tensor,
     k_order: Tensor | None,
     pool: Tensor,
-    this_pass: int,
     compensate: bool,
-    space: Workspace,
 ) -> None:
-    """Fill the pool with the lists of one pass."""
+    """Fill the pool with the lists of one pass; place: the pass, its capacity, the first group of the chunk."""
     num_rows, num_k_blocks = blocks.block_map.shape[2:]
     _write_lists[(8 * num_processors(pool.device),)](
         *(plan.shift, plan.key_counts, plan.places, plan.pass_slots, block_of_key),
-        *(block_of_key if k_order is None else k_order, pool, this_pass, space.capacity),
-        *(groups.start, *blocks.heads, num_rows, num_k_blocks, block_of_key.shape[2]),
-        **{"STEP": POSITIONS_PER_STEP, "ID_TILE": ID_TILE, "HAS_ORDER": k_order is not None},
-        **{"COMPENSATE": compensate, "num_warps": 4},
+        *(block_of_key if k_order is None else k_order, pool, *place),
+        *(*blocks.heads, num_rows, num_k_blocks, block_of_key.shape[2]),
+        **{"STEP": POSITIONS_PER_STEP, "HAS_ORDER": k_order is not None, "COMPENSATE": compensate, "num_warps": 4},
     )

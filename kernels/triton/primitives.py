@@ -25,15 +25,25 @@ def head_base(group, NUM_HEADS, stride_b, stride_h):
 
 
 @triton.jit
-def load_rows(head, rows, row_mask, stride_n, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_ROWS: tl.constexpr):
+def gather_rows(head, rows, stride_n, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """Tile [rows, BLOCK_D] of rows that all exist; offsets within the head have 64 bits if WIDE, else 32."""
+    columns = tl.arange(0, BLOCK_D)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    pointers = head + (rows[:, None] * stride_n + columns[None, :])
+    if WIDTH == BLOCK_D:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=columns[None, :] < WIDTH, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_rows(head, rows, row_mask, stride_n, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Tile [rows, BLOCK_D] of the head's rows, zero where masked; addresses are 64 bits wide."""
     columns = tl.arange(0, BLOCK_D)
     pointers = head + rows.to(tl.int64)[:, None] * stride_n + columns[None, :]
-    if EVEN_ROWS and WIDTH == BLOCK_D:
-        tile = tl.load(pointers)
-    elif EVEN_ROWS:
-        tile = tl.load(pointers, mask=columns[None, :] < WIDTH, other=0.0)
-    elif WIDTH == BLOCK_D:
+    if WIDTH == BLOCK_D:
         tile = tl.load(pointers, mask=row_mask[:, None], other=0.0)
     else:
         tile = tl.load(pointers, mask=row_mask[:, None] & (columns[None, :] < WIDTH), other=0.0)

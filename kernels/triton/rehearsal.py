@@ -43,6 +43,7 @@ _POINTEES = {
     torch.int64: "i64",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.bool: "i1",
 }
 _COMPILE_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 

@@ -98,7 +98,8 @@ def _logits(q_centroids: Tensor, k_centroids: Tensor, groups: slice) -> Tensor:
     """q_i.k_j of some (batch, query head) groups: float32 [groups, Cq, Ck]."""
     sharing = q_centroids.shape[1] // k_centroids.shape[1]
     keys = k_centroids if sharing == 1 else k_centroids.repeat_interleave(sharing, dim=1)
-    return torch.matmul(q_centroids.flatten(0, 1)[groups], keys.flatten(0, 1)[groups].transpose(-1, -2))
+    queries, keys = (t.flatten(0, 1).narrow(0, groups.start, groups.stop - groups.start) for t in (q_centroids, keys))
+    return torch.matmul(queries, keys.transpose(-1, -2))
 
 
 def _select(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ID_TILE", "Workspace", "plan_workspace"]
+__all__ = ["LOOK_AHEAD", "Workspace", "plan_workspace"]
 
-ID_TILE = 128  # lists are padded to a multiple of this: the largest tile of keys
+LOOK_AHEAD = 256  # ids that the kernel may read behind a list: the largest tile of keys
 BYTES_PER_ID = 4
 
 
@@ -25,10 +25,6 @@ class Workspace:
     bytes: int
 
 
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
 def plan_workspace(
     *,
     num_groups: int,
@@ -45,11 +41,11 @@ def plan_workspace(
 
     Raises ValueError where not even one group fits, with the number of MiB that would.
     """
-    longest_row = _round_up(num_keys, ID_TILE) + (_round_up(num_k_blocks, ID_TILE) if compensate else 0)
+    longest_row = num_keys + (num_k_blocks if compensate else 0)
     # Per row: shifts, lengths of two lists, reserved length, place, tiles and their start.
     group_bytes = num_q_blocks * (4 * num_k_blocks + 4 + 4 + 8 + 8 + 4 + 4) + 4 * (num_queries // block_m + num_q_blocks)
     fixed_bytes = 4 * num_kv_groups * num_keys
-    least_pool = 2 * longest_row + ID_TILE
+    least_pool = 2 * longest_row + LOOK_AHEAD
     least_bytes = fixed_bytes + group_bytes + BYTES_PER_ID * least_pool
     if least_bytes > limit_bytes:
         raise ValueError(
@@ -60,9 +56,9 @@ def plan_workspace(
     groups = max(1, min(num_groups, for_groups // group_bytes))
     worst_total = groups * min(num_q_blocks, num_queries) * longest_row
     affordable = (limit_bytes - fixed_bytes - groups * group_bytes) // BYTES_PER_ID
-    pool_ids = min(max(affordable, least_pool), worst_total + longest_row + ID_TILE)
+    pool_ids = min(max(affordable, least_pool), worst_total + longest_row + LOOK_AHEAD)
     # A row begins inside a pass's stretch and may end beyond it; the kernel also looks one tile ahead.
-    capacity = pool_ids - longest_row - ID_TILE
+    capacity = pool_ids - longest_row - LOOK_AHEAD
     passes = max(1, -(-worst_total // capacity))
     total = fixed_bytes + groups * group_bytes + BYTES_PER_ID * pool_ids
     return Workspace(groups, pool_ids, capacity, passes, total)
