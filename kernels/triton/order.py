@@ -17,7 +17,7 @@ from svg2_compile.kernels.triton.launch import device_of
 __all__ = ["cluster_order", "counting_sort"]
 
 TOKENS_PER_TILE = 512
-TOKENS_PER_STEP = 128  # ranks come from comparing 128 x 128 tokens at a time
+TOKENS_PER_STEP = 64  # ranks come from comparing 64 x 64 tokens at a time: more would not fit into registers
 BINS_PER_PROGRAM = 64
 TILES_PER_STEP = 16
 # Integers that no address alignment depends on: one compiled kernel serves all their values.
@@ -94,13 +94,13 @@ def _scatter_tokens(
     labels += group * num_video
     counts += (group * tl.num_programs(0) + tile) * BINS
     offsets += group * (num_clusters + 3)
-    for this in tl.static_range(0, TILE, STEP):
+    for this in range(0, TILE, STEP):
         token = tile * TILE + this + tl.arange(0, STEP)
         block = _block_of_token(
             labels, valid, token, num_tokens, start, num_video, num_clusters, HAS_VALID, BINS - 1
         )
         rank = tl.zeros([STEP], tl.int32)
-        for other in tl.static_range(0, this + STEP, STEP):
+        for other in range(0, this + STEP, STEP):
             earlier = tile * TILE + other + tl.arange(0, STEP)
             earlier_block = _block_of_token(
                 labels, valid, earlier, num_tokens, start, num_video, num_clusters, HAS_VALID, BINS - 1
