@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.cpu_cluster import permute_tokens, unpermute_tokens
+
 MIN_KEYS_PER_PART = 128  # below this, merging costs more than an idle core
 MIN_FUSED_KEYS = 64  # with fewer keys than a vector has lanes (16), the fused kernel turns NaN scores into 0
 # (query, key) pairs that threads could compute while they idle: with fewer, a merge costs more than it saves.
@@ -38,8 +40,16 @@ def block_sparse_attention(
     scale: float,
     k_centroids: Tensor | None = None,
     v_centroids: Tensor | None = None,
+    q_order: Tensor | None = None,
+    k_order: Tensor | None = None,
+    workspace_mb: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each query block over its selected key blocks; see ``ops.block_sparse_attention``."""
+    """Softmax attention of each query block over its selected key blocks; see ``ops.block_sparse_attention``. Works on
+    one head at a time, so its workspace is that of one head's tokens, whatever ``workspace_mb`` is."""
+    if k_order is not None:
+        key, value = permute_tokens(key, k_order), permute_tokens(value, k_order)
+    if q_order is not None:
+        query = permute_tokens(query, q_order)
     batch, q_heads, num_queries, _ = query.shape
     kv_heads = key.shape[1]
     _check_offset_contents("q_offsets", q_offsets, num_queries)
@@ -55,6 +65,8 @@ def block_sparse_attention(
             keys = HeadKeys(key[b, g], value[b, g], k_offsets[b, g], means)
             for h in range(g * group, (g + 1) * group):
                 _attend_head(query[b, h], keys, q_offsets[b, h], block_map[b, h], scale, out[b, h], lse[b, h])
+    if q_order is not None:
+        return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.to(torch.int64), lse)
     return out, lse
 
 

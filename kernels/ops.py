@@ -202,20 +202,26 @@ def block_sparse_attention(
     scale: float,
     k_centroids: Tensor | None = None,
     v_centroids: Tensor | None = None,
+    q_order: Tensor | None = None,
+    k_order: Tensor | None = None,
+    workspace_mb: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query block over exactly the keys of its selected key blocks (SVG2 section 4.3).
 
-    Permuted query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] of one dtype; q_offsets int32 [B, Hq,
-    Cq + 3], k_offsets int32 [B, Hkv, Ck + 3]; block_map bool [B, Hq, Cq + 2, Ck + 2]. With k_centroids [B, Hkv, Ck,
-    D] and v_centroids [B, Hkv, Ck, Dv], float32, every non-empty cluster j that a row skips joins the same softmax as
-    one key k_j with value v_j and bias ln n_j (EAR's compensation); context and null blocks never do.
+    Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] of one dtype, permuted, or in token order with the
+    order that would permute them: q_order int32 [B, Hq, Nq] for query and both results, k_order int32 [B, Hkv, Nk] for
+    key and value. q_offsets int32 [B, Hq, Cq + 3], k_offsets int32 [B, Hkv, Ck + 3]; block_map bool [B, Hq, Cq + 2,
+    Ck + 2]. With k_centroids [B, Hkv, Ck, D] and v_centroids [B, Hkv, Ck, Dv], float32, every non-empty cluster j that
+    a row skips joins the same softmax as one key k_j with value v_j and bias ln n_j (EAR's compensation); context and
+    null blocks never do. workspace_mb: MiB that a GPU may use for lists of keys; an error where it is too little.
 
-    Returns out [B, Hq, Nq, Dv] in query's dtype, contiguous, and lse float32 [B, Hq, Nq], the natural log of the sum
-    of exponentials, compensation included. A row without any key has out 0 and lse -inf. Accumulation is float32.
+    Returns out [B, Hq, Nq, Dv] in query's dtype (contiguous; with q_order laid out as ``unpermute_tokens`` does) and lse
+    float32 [B, Hq, Nq], the natural log of the sum of exponentials, compensation included. A row without any key has
+    out 0 and lse -inf. Accumulation is float32.
     """
-    args = (query, key, value, q_offsets, k_offsets, block_map, scale, k_centroids, v_centroids)
-    validation.check_block_sparse_attention(*args)
-    result: tuple[Tensor, Tensor] = _implementation(query.device).block_sparse_attention(*args)
+    args = (query, key, value, q_offsets, k_offsets, block_map, scale, k_centroids, v_centroids, q_order, k_order)
+    validation.check_block_sparse_attention(*args, workspace_mb)
+    result: tuple[Tensor, Tensor] = _implementation(query.device).block_sparse_attention(*args, workspace_mb)
     return result
 
 
@@ -230,10 +236,15 @@ def _(
     scale: float,
     k_centroids: Tensor | None = None,
     v_centroids: Tensor | None = None,
+    q_order: Tensor | None = None,
+    k_order: Tensor | None = None,
+    workspace_mb: int = 256,
 ) -> tuple[Tensor, Tensor]:
     batch, q_heads, num_queries, _ = query.shape
-    out = query.new_empty((batch, q_heads, num_queries, value.shape[3]))
-    return out, query.new_empty((batch, q_heads, num_queries), dtype=torch.float32)
+    lse = query.new_empty((batch, q_heads, num_queries), dtype=torch.float32)
+    if q_order is None:
+        return query.new_empty((batch, q_heads, num_queries, value.shape[3])), lse
+    return query.new_empty((batch, num_queries, q_heads, value.shape[3])).transpose(1, 2), lse
 
 
 @torch.library.custom_op("svg2::select_blocks_by_error", mutates_args=(), tags=_TAGS)

@@ -135,11 +135,18 @@ def block_sparse_attention(
     scale: float,
     k_centroids: Tensor | None = None,
     v_centroids: Tensor | None = None,
+    q_order: Tensor | None = None,
+    k_order: Tensor | None = None,
+    workspace_mb: int = 256,
     *,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query block over the keys of its selected key blocks; see
-    ``ops.block_sparse_attention``."""
+    ``ops.block_sparse_attention``. Knows no workspace."""
+    if k_order is not None:
+        key, value = permute_tokens(key, k_order), permute_tokens(value, k_order)
+    if q_order is not None:
+        query = permute_tokens(query, q_order)
     batch, q_heads, num_queries, _ = query.shape
     heads_per_group = q_heads // max(key.shape[1], 1)
     out = query.new_zeros(batch, q_heads, num_queries, value.shape[3])
@@ -158,6 +165,8 @@ def block_sparse_attention(
                     logits = scale * (query[b, h, rows].to(compute_dtype) @ keys.T) + bias
                     out[b, h, rows] = (torch.softmax(logits, dim=-1) @ values).to(out.dtype)
                     lse[b, h, rows] = torch.logsumexp(logits, dim=-1).to(lse.dtype)
+    if q_order is not None:
+        return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.long(), lse)
     return out, lse
 
 

@@ -200,6 +200,9 @@ def check_block_sparse_attention(
     scale: float,
     k_centroids: Tensor | None,
     v_centroids: Tensor | None,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    workspace_mb: int,
 ) -> None:
     """Contract of ``svg2::block_sparse_attention``."""
     op = "block_sparse_attention"
@@ -228,6 +231,10 @@ def check_block_sparse_attention(
         require_shape(op, "k_centroids", k_centroids, (batch, kv_heads, num_clusters, head_dim), "[B, Hkv, Ck, D]")
         dims = (batch, kv_heads, num_clusters, value.shape[3])
         require_shape(op, "v_centroids", v_centroids, dims, "[B, Hkv, Ck, Dv]")
+    _check_order(op, "q_order", q_order, query)
+    _check_order(op, "k_order", k_order, key)
+    if workspace_mb < 1:
+        raise ValueError(f"svg2::{op}: workspace_mb is {workspace_mb}; valid: an integer of at least 1 (MiB)")
     require_same_device(
         op,
         query=query,
@@ -238,7 +245,15 @@ def check_block_sparse_attention(
         block_map=block_map,
         k_centroids=k_centroids,
         v_centroids=v_centroids,
+        q_order=q_order,
+        k_order=k_order,
     )
+
+
+def _check_order(op: str, name: str, order: Tensor | None, tokens: Tensor) -> None:
+    if order is not None:
+        require_dtype(op, name, order, (torch.int32,))
+        require_shape(op, name, order, tuple(tokens.shape[:3]), "[B, H, N] of its tokens")
 
 
 def check_select_blocks_by_error(

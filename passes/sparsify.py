@@ -1,4 +1,4 @@
-"""Rewrite chosen attentions into cluster, select, permute, attend, unpermute.
+"""Rewrite chosen attentions into cluster, select, permute, attend.
 
 Needs: sites from decide_sites on this very graph, fake metadata on its nodes.
 
@@ -13,9 +13,11 @@ After:
     q_order, q_offsets = svg2.cluster_order(q_labels, Cq, start, N)
     k_order, k_offsets = svg2.cluster_order(k_labels, Ck, start, N, valid)
     block_map = svg2.select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_k_ratio)
-    permuted = svg2.block_sparse_attention(
-        permute(query), permute(key), permute(value), q_offsets, k_offsets, block_map, scale)
-    out = svg2.unpermute_tokens(permuted, q_order)
+    out = svg2.block_sparse_attention(
+        query, permute(key), permute(value), q_offsets, k_offsets, block_map, scale, q_order=q_order)
+
+Keys and values are permuted once, for all that reads them cluster by cluster. Queries are read, and rows of the result
+written, where they lie: the kernel follows q_order, and neither takes a trip through memory of its own.
 
 Guarantees: the replaced node has the shape, dtype and strides that it had; every other node is untouched. The graph
 is complete as it stands, starting cold on every call: carrying centroids from step to step is hoist_centroids' work.
@@ -50,6 +52,7 @@ class SparsityPolicy:
     compensation: "none", or "centroid" to let skipped clusters contribute through their centroids.
     routing: "score" (softmax mass) or "error" (expected error of compensation).
     collect_stats: also emit the density of every site.
+    workspace_mb: MiB that the attention kernel may use for its lists of keys, on a GPU.
     """
 
     top_p: float
@@ -59,6 +62,7 @@ class SparsityPolicy:
     compensation: str
     routing: str
     collect_stats: bool
+    workspace_mb: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,6 @@ class _SiteRewriter:
         q_order, q_offsets = self._order("query", query_side.labels, self.num_q_clusters, None)
         k_order, k_offsets = self._order("key", key_side.labels, self.num_k_clusters, valid)
 
-        q_permuted = build.call(_svg2.permute_tokens.default, query, q_order, name="query_permuted")
         k_permuted = build.call(_svg2.permute_tokens.default, key, k_order, name="key_permuted")
         v_permuted = build.call(_svg2.permute_tokens.default, value, k_order, name="value_permuted")
         value_centroids = None
@@ -130,12 +133,12 @@ class _SiteRewriter:
         block_map = self._select(query_side, key_side, k_permuted, v_permuted, k_offsets, value_centroids)
         attended = build.call(
             _svg2.block_sparse_attention.default,
-            *(q_permuted, k_permuted, v_permuted, q_offsets, k_offsets, block_map, self.scale),
-            *((key_side.centroids, value_centroids) if value_centroids is not None else ()),
+            *(query, k_permuted, v_permuted, q_offsets, k_offsets, block_map, self.scale),
+            *((key_side.centroids, value_centroids) if value_centroids is not None else (None, None)),
+            *(q_order, None, self.policy.workspace_mb),
             name="attended",
         )
-        (out_permuted,) = build.unpack(attended, ["out_permuted"])
-        out = build.call(_svg2.unpermute_tokens.default, out_permuted, q_order, name="out")
+        (out,) = build.unpack(attended, ["out"])
         density = None
         if self.policy.collect_stats:
             density = build.call(_svg2.block_density.default, q_offsets, k_offsets, block_map, name="density")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from svg2_compile.passes.decide_sites import SitePolicy
     from svg2_compile.passes.sparsify import SparsityPolicy
 
-__all__ = ["ConfigError", "Svg2Config"]
+__all__ = ["ConfigError", "Svg2Config", "package_version"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Svg2Config:
         collect_stats: keep the density of every sparse attention for the report.
         store_limit_mb: the most MiB of centroids kept between steps. Wan 2.1 14B at 720p with guidance needs 2.1 GiB
             (40 layers x 2 branches x 40 heads x 1300 centroids x 128 floats).
+        workspace_mb: the most MiB of device memory that one sparse attention uses for its lists of keys, on a GPU.
         dump_dir: a folder for the graph before and after every pass; None writes nothing.
     """
 
@@ -73,6 +74,7 @@ class Svg2Config:
     strict: bool = False
     collect_stats: bool = True
     store_limit_mb: float = 8192.0
+    workspace_mb: int = 256
     dump_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -157,12 +159,13 @@ class Svg2Config:
         """A short stable text that changes with any setting and with the version of this package."""
         # The type tells dense_steps=0 from 0.0: equal as numbers, a count and a fraction.
         content = {name: [type(value).__name__, value] for name, value in self.to_dict().items()}
-        text = json.dumps({"version": _version(), "config": content}, sort_keys=True)
+        text = json.dumps({"version": package_version(), "config": content}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _version() -> str:
+def package_version() -> str:
+    """The version of svg2_compile that is installed."""
     try:
         return importlib.metadata.version("svg2-compile")
     except importlib.metadata.PackageNotFoundError:

@@ -182,6 +182,6 @@ def _sparse_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     q_centroids, q_sizes, q_order, q_offsets = cluster(query, _QUERY_CLUSTERS, None)
     k_centroids, k_sizes, k_order, k_offsets = cluster(key, _KEY_CLUSTERS, valid)
     block_map = ops.select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, scale, 1.0, 0.0)
-    permuted = (ops.permute_tokens(query, q_order), *(ops.permute_tokens(x, k_order) for x in (key, value)))
-    out, _ = ops.block_sparse_attention(*permuted, q_offsets, k_offsets, block_map, scale)
-    return ops.unpermute_tokens(out, q_order)
+    permuted = (ops.permute_tokens(x, k_order) for x in (key, value))
+    out, _ = ops.block_sparse_attention(query, *permuted, q_offsets, k_offsets, block_map, scale, q_order=q_order)
+    return out

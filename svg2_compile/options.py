@@ -96,6 +96,7 @@ SPECS: Mapping[str, Spec] = {
     "strict": Spec(("bool",)),
     "collect_stats": Spec(("bool",)),
     "store_limit_mb": Spec(("float",), float_range=(0.0, math.inf), excluded=(0.0,)),
+    "workspace_mb": Spec(("int",), int_min=1),
     "dump_dir": Spec(("str",), optional=True),
 }
 

@@ -58,6 +58,7 @@ def test_frozen_and_hashable() -> None:
         ("strict", "true", True),
         ("collect_stats", "0", False),
         ("store_limit_mb", "512", 512.0),
+        ("workspace_mb", "64", 64),
         ("inductor_mode", None, None),
     ],
 )
@@ -98,6 +99,7 @@ def test_values_and_strings(name: str, given_value: Any, expected: Any) -> None:
         ("strict", 1),
         ("strict", "perhaps"),
         ("store_limit_mb", 0),
+        ("workspace_mb", 0),
         ("store_limit_mb", float("inf")),
         ("top_p", [0.9]),
         ("dump_dir", 3),
@@ -189,6 +191,7 @@ def test_cache_key_covers_every_setting() -> None:
         "strict": True,
         "collect_stats": False,
         "store_limit_mb": 5.0,
+        "workspace_mb": 64,
         "dump_dir": "x",
     }
     assert set(SPECS) - set(changed) == {"routing"}  # cannot change alone
@@ -206,7 +209,7 @@ def test_cache_key_is_the_same_in_another_process() -> None:
 
 def test_cache_key_changes_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     before = Svg2Config().cache_key()
-    monkeypatch.setattr("svg2_compile.config._version", lambda: "999")
+    monkeypatch.setattr("svg2_compile.config.package_version", lambda: "999")
     assert Svg2Config().cache_key() != before
 
 

@@ -127,18 +127,18 @@ def attention_pipeline(
     num_tokens = query.shape[2]
     start, stop = video or (0, num_tokens)
     scale = query.shape[-1] ** -0.5
-    unseeded = torch.tensor(False)
+    unseeded = torch.zeros((), dtype=torch.bool, device=query.device)
 
-    def cluster(x: Tensor, count: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        seeds = torch.zeros(x.shape[0], x.shape[1], count, x.shape[3])
+    def cluster(x: Tensor, count: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        seeds = torch.zeros(x.shape[0], x.shape[1], count, x.shape[3], device=x.device)
         video_mask = None if mask is None else mask[..., start:stop]
         labels, centroids, sizes = ops.kmeans(x[:, :, start:stop], seeds, unseeded, iters, video_mask)
         order, offsets = ops.cluster_order(labels, count, start, num_tokens, mask)
-        return ops.permute_tokens(x, order), order, offsets, centroids, sizes
+        return order, offsets, centroids, sizes
 
-    q, q_order, q_offsets, q_centroids, q_sizes = cluster(query, num_q_clusters, None)
-    k, k_order, k_offsets, k_centroids, k_sizes = cluster(key, num_k_clusters, valid)
-    v = ops.permute_tokens(value, k_order)
+    q_order, q_offsets, q_centroids, q_sizes = cluster(query, num_q_clusters, None)
+    k_order, k_offsets, k_centroids, k_sizes = cluster(key, num_k_clusters, valid)
+    k, v = ops.permute_tokens(key, k_order), ops.permute_tokens(value, k_order)
     v_centroids = ops.cluster_means(v, k_offsets)
     limits = (scale, top_p, min_k_ratio, density)
     if by_error:
@@ -146,5 +146,5 @@ def attention_pipeline(
     else:
         block_map = ops.select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, *limits)
     means = (k_centroids, v_centroids) if compensation else (None, None)
-    out, _ = ops.block_sparse_attention(q, k, v, q_offsets, k_offsets, block_map, scale, *means)
-    return ops.unpermute_tokens(out, q_order), block_map
+    out, _ = ops.block_sparse_attention(query, k, v, q_offsets, k_offsets, block_map, scale, *means, q_order)
+    return out, block_map

@@ -36,6 +36,7 @@ KEEP_ALL = SparsityPolicy(
     compensation="none",
     routing="score",
     collect_stats=False,
+    workspace_mb=256,
 )
 
 
