@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-MATRIX_LEARNING_RATE = 2e-3
-LEARNING_RATE = 1e-3
+MATRIX_LEARNING_RATE = 3e-3
+LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 100
 
 

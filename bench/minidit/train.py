@@ -185,7 +185,7 @@ def main() -> None:
         trainer.finish_within(arguments.finish)
     if arguments.compile:
         compile_blocks(trainer.model)
-    print(f"{'going on' if resumed else 'starting'} at step {trainer.step}", flush=True)
+    print(f"{'going on' if resumed else 'starting'} at step {trainer.step}, {arguments.threads} threads", flush=True)
     run(trainer, arguments.steps, arguments.save_minutes)
 
 
