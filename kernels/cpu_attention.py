@@ -9,18 +9,16 @@ partial results are merged by their log-sum-exp. The mean keys of compensation a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from svg2_compile.kernels.cpu_cluster import permute_tokens, unpermute_tokens
+from svg2_compile.kernels.tuning import tuned
 
-MIN_KEYS_PER_PART = 128  # below this, merging costs more than an idle core
 MIN_FUSED_KEYS = 64  # with fewer keys than a vector has lanes (16), the fused kernel turns NaN scores into 0
-# (query, key) pairs that threads could compute while they idle: with fewer, a merge costs more than it saves.
-MIN_IDLE_PAIRS = 1 << 16
 
 
 class RowGroup(NamedTuple):
@@ -134,6 +132,7 @@ class HeadKeys:
         self.sizes = offsets.diff().to(torch.int64)
         self.block_of_key = torch.repeat_interleave(torch.arange(self.sizes.shape[0]), self.sizes)
         self.means = means
+        self.limits = tuned("cpu_attention", key.device, key.dtype, key.shape[1], key.shape[0])
         # Gathered keys, mean keys and padding: one workspace for all query blocks, no page faults in each of them.
         capacity = key.shape[0] + offsets.shape[0] + torch.get_num_threads()
         self.gathered_key = self.key.new_empty(capacity, key.shape[1])
@@ -146,7 +145,7 @@ class HeadKeys:
         num_exact, num_means = index.shape[0], skipped.shape[0]
         if num_exact + num_means == 0:
             return None
-        parts = key_parts(query.shape[0], num_exact + num_means, torch.get_num_threads())
+        parts = key_parts(query.shape[0], num_exact + num_means, torch.get_num_threads(), self.limits)
         padding = -(num_exact + num_means) % parts
         total = num_exact + num_means + padding
         if total == num_exact:
@@ -176,14 +175,18 @@ class HeadKeys:
         return (~selected[:num_clusters] & (self.sizes[:num_clusters] > 0)).nonzero().squeeze(-1)
 
 
-def key_parts(num_rows: int, num_keys: int, num_threads: int) -> int:
-    """Into how many equal parts to cut the keys so that every thread has as much to do."""
+def key_parts(num_rows: int, num_keys: int, num_threads: int, limits: Mapping[str, int]) -> int:
+    """Into how many equal parts to cut the keys so that every thread has as much to do.
+
+    limits: MIN_KEYS_PER_PART, keys below which merging a part costs more than an idle core; MIN_IDLE_PAIRS, (query,
+    key) pairs that threads could compute while they idle below which a merge costs more than it saves.
+    """
     # Rows per unit of work in ATen's flash attention, by number of query rows.
     rows_per_unit = 256 if num_rows >= 768 else 64 if num_rows >= 192 else 32
     longest = math.ceil(math.ceil(num_rows / rows_per_unit) / num_threads) * rows_per_unit
-    if (longest * num_threads - num_rows) * num_keys <= MIN_IDLE_PAIRS:
+    if (longest * num_threads - num_rows) * num_keys <= limits["MIN_IDLE_PAIRS"]:
         return 1
-    return max(1, min(num_threads, num_keys // MIN_KEYS_PER_PART))
+    return max(1, min(num_threads, num_keys // limits["MIN_KEYS_PER_PART"]))
 
 
 def attend_to_keys(

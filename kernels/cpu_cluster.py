@@ -7,9 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# Floats of one [tokens, clusters] score tile: 2 MiB. Small enough that the arg-max finds in cache what the product has
-# just left there, large enough that threads rarely wait for each other between the two.
-SCORES_PER_TILE = 1 << 19
+from svg2_compile.kernels.tuning import tuned
 
 
 # -------------------------------------------------------------------------------------------------------------- k-means
@@ -66,7 +64,10 @@ def _nearest_centroid(tokens: Tensor, centroids: Tensor) -> Tensor:
         centroids = torch.where(usable.unsqueeze(-1), centroids, 0.0)
         negative_half_norms = torch.where(usable, negative_half_norms, -math.inf)
     num_tokens, num_clusters = tokens.shape[0], centroids.shape[0]
-    tile = max(64, SCORES_PER_TILE // num_clusters)
+    # Floats of one [tokens, clusters] tile: small enough that the arg-max finds in cache what the product has just left
+    # there, large enough that threads rarely wait for each other between the two.
+    scores_per_tile = tuned("cpu_kmeans", tokens.device, tokens.dtype, tokens.shape[1], num_tokens)["SCORES_PER_TILE"]
+    tile = max(64, scores_per_tile // num_clusters)
     scores = tokens.new_empty(min(tile, num_tokens), num_clusters)
     labels = torch.empty(num_tokens, dtype=torch.int64)
     directions = centroids.t()

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# Floats of one [query clusters, tokens] tile of the error estimate: 4 MiB, whatever the number of tokens.
-ERRORS_PER_TILE = 1 << 20
+from svg2_compile.kernels.tuning import tuned
 
 
 def select_blocks(
@@ -143,7 +142,9 @@ def _log_errors(
     labels = torch.repeat_interleave(torch.arange(num_clusters), k_sizes)
     scaled_queries = queries * scale
     log_sums = queries.new_full((num_clusters, queries.shape[0]), -math.inf)
-    tile = max(1, ERRORS_PER_TILE // queries.shape[0])
+    # Floats of one [query clusters, tokens] tile: a few MiB, whatever the number of tokens.
+    errors_per_tile = tuned("cpu_error", key.device, key.dtype, key.shape[1], key.shape[0])["ERRORS_PER_TILE"]
+    tile = max(1, errors_per_tile // queries.shape[0])
     for start in range(0, labels.shape[0], tile):
         cluster = labels[start : start + tile]
         tokens = slice(start, start + cluster.shape[0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,15 +20,24 @@ class Implementation(NamedTuple):
     devices: tuple[str, ...]
 
 
+# Triton's interpreter runs the GPU kernels on CPU tensors, for tests; it decides by this variable, at import.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 IMPLEMENTATIONS = {
     "reference": Implementation("svg2_compile.kernels.reference", ("cpu", "cuda")),
     "cpu": Implementation("svg2_compile.kernels.cpu", ("cpu",)),
+    "triton": Implementation(
+        "svg2_compile.kernels.triton.implementation", ("cpu", "cuda") if _INTERPRETED else ("cuda",)
+    ),
 }
 
 # What runs when nobody asks for anything, by device type. A device without an entry is an error, not a fallback.
+# A CUDA build of torch brings Triton along on Linux; where there is none the readable reference runs, and the cost model
+# knows it.
 DEFAULT_IMPLEMENTATION = {
     "cpu": "cpu",
-    "cuda": "reference",
+    "cuda": "triton" if _HAS_TRITON else "reference",
 }
 
 _requested: ContextVar[str | None] = ContextVar("svg2_requested_implementation", default=None)

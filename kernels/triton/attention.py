@@ -96,7 +96,9 @@ class AttentionWork:
         to_log2 = abs(self.scale) * LOG2_E.value if self.scale != 0 else 1.0
         sign = math.copysign(1.0, self.scale) if self.scale != 0 else 0.0
         unused = plan.key_counts
-        means = (self.means.key, self.means.value, self.means.log_sizes) if self.means else (self.key, self.value, unused)
+        means = (
+            (self.means.key, self.means.value, self.means.log_sizes) if self.means else (self.key, self.value, unused)
+        )
         options = {name: value for name, value in config.items() if name != "PROGRAMS_PER_SM"}
         width, value_width = self.query.shape[3], self.value.shape[3]
         attend[(config["PROGRAMS_PER_SM"] * num_processors(self.query.device),)](

@@ -98,9 +98,7 @@ def _start(
         token = _seed_token(valid, tl.minimum(cluster, num_clusters - 1), num_clusters, num_tokens, HAS_VALID, TILE)
         x += head_base(group, num_heads, x_b, x_h)
         centroid = tl.load(x + token * x_n + column, mask=real, other=0.0).to(tl.float32)
-    _store_centroid(
-        centroid, centroids, prepared, half_norms, group, cluster, num_clusters, num_padded, WIDTH, BLOCK_D
-    )
+    _store_centroid(centroid, centroids, prepared, half_norms, group, cluster, num_clusters, num_padded, WIDTH, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -155,9 +153,7 @@ def _update(
         x += head_base(group, num_heads, x_b, x_h)
         total = sum_segment(x, order + group * num_tokens, begin, end, x_n, ROWS, WIDTH, BLOCK_D, True)
         mean = total / (end - begin).to(tl.float32)
-        _store_centroid(
-            mean, centroids, prepared, half_norms, group, cluster, num_clusters, num_padded, WIDTH, BLOCK_D
-        )
+        _store_centroid(mean, centroids, prepared, half_norms, group, cluster, num_clusters, num_padded, WIDTH, BLOCK_D)
 
 
 def kmeans(

@@ -96,9 +96,7 @@ def _scatter_tokens(
     offsets += group * (num_clusters + 3)
     for this in range(0, TILE, STEP):
         token = tile * TILE + this + tl.arange(0, STEP)
-        block = _block_of_token(
-            labels, valid, token, num_tokens, start, num_video, num_clusters, HAS_VALID, BINS - 1
-        )
+        block = _block_of_token(labels, valid, token, num_tokens, start, num_video, num_clusters, HAS_VALID, BINS - 1)
         rank = tl.zeros([STEP], tl.int32)
         for other in range(0, this + STEP, STEP):
             earlier = tile * TILE + other + tl.arange(0, STEP)

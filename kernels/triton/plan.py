@@ -190,7 +190,9 @@ def label_keys(k_offsets: Tensor, num_keys: int) -> Tensor:
     batch, kv_heads, boundaries = k_offsets.shape
     labels = k_offsets.new_empty(batch, kv_heads, num_keys)
     if labels.numel() > 0:
-        _label_keys[boundaries - 1, batch * kv_heads](k_offsets, labels, boundaries - 1, num_keys, STEP=128, num_warps=4)
+        _label_keys[boundaries - 1, batch * kv_heads](
+            k_offsets, labels, boundaries - 1, num_keys, STEP=128, num_warps=4
+        )
     return labels
 
 

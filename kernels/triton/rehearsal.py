@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from svg2_compile.kernels.defaults import imagined_capability
 from svg2_compile.kernels.triton import launch as launching
 
 __all__ = ["TARGETS", "Launch", "Resources", "compile_launch", "record_launches", "shared_memory_limit"]
@@ -34,7 +37,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Bytes of shared memory that one program may have (CUDA programming guide, compute capabilities; AMD: LDS of CDNA3).
-_SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, "gfx942": 65536}
+_SHARED_LIMITS = {
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    103: 232448,
+    120: 101376,
+    "gfx942": 65536,
+}
 _POINTEES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -66,13 +78,15 @@ class Launch:
 class Resources:
     """What one compiled kernel takes. Fields that a target does not report are None.
 
-    registers: per thread. spill_bytes: stores and loads. shared_bytes: per program. matrix_instructions: tensor-core
-    instructions in the machine code; warpgroup_instructions: those of Hopper's asynchronous kind. async_copies:
-    global-to-shared. warnings: the assembler's about serialised tensor-core work.
+    registers: per thread. spill_bytes: stores and loads. loop_spills: spill instructions inside the innermost loops that
+    use the tensor cores, the ones that cost. shared_bytes: per program. matrix_instructions: tensor-core instructions;
+    warpgroup_instructions: those of Hopper's asynchronous kind. async_copies: global-to-shared. warnings: the
+    assembler's about serialised tensor-core work.
     """
 
     registers: int | None
     spill_bytes: int | None
+    loop_spills: int | None
     shared_bytes: int
     matrix_instructions: int
     warpgroup_instructions: int
@@ -81,8 +95,11 @@ class Resources:
 
 
 @contextlib.contextmanager
-def record_launches(num_processors: int = 132) -> Iterator[tuple[FakeTensorMode, list[Launch]]]:
-    """Inside, Triton kernels are noted in the list instead of launched. Make fake CUDA tensors under the mode."""
+def record_launches(capability: int = 90, num_processors: int = 132) -> Iterator[tuple[FakeTensorMode, list[Launch]]]:
+    """Inside, Triton kernels are noted in the list instead of launched, as for a device of ``capability``.
+
+    Make fake CUDA tensors under the mode, and avoid subscripting them: that asks for a real device. 0 stands for AMD.
+    """
     launches: list[Launch] = []
 
     def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -95,6 +112,7 @@ def record_launches(num_processors: int = 132) -> Iterator[tuple[FakeTensorMode,
     with (
         mock.patch.object(JITFunction, "run", note),
         launching.rehearsal(num_processors),
+        imagined_capability(capability),
         FakeTensorMode(allow_non_fake_inputs=False) as mode,
     ):
         yield mode, launches
@@ -137,7 +155,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Resources:
         compiled = triton.compile(_source(launch), target=target, options=launch.options)
     if target.backend == "hip":
         return _read_amd(compiled.asm["amdgcn"], compiled.metadata.shared)
-    return _read_nvidia(log.getvalue(), compiled.asm["ptx"], compiled.metadata.shared)
+    machine_code = _disassemble(compiled.asm["cubin"])
+    return _read_nvidia(log.getvalue(), compiled.asm["ptx"], machine_code, compiled.metadata.shared)
 
 
 def _last_number(pattern: str, text: str) -> int | None:
@@ -145,20 +164,48 @@ def _last_number(pattern: str, text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def _read_nvidia(log: str, ptx: str, shared: int) -> Resources:
+def _disassemble(cubin: bytes) -> str:
+    """SASS, by the tool that Triton brings along."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _loop_spills(machine_code: str) -> int:
+    """Local-memory instructions in the innermost loops with tensor-core instructions."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", machine_code)
+    instructions = [(int(address, 16), text) for address, text in lines]
+    loops = []
+    for address, text in instructions:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target and int(target.group(1), 16) < address:
+            loops.append((int(target.group(1), 16), address))
+    spills = 0
+    for begin, end in loops:
+        body = [text for address, text in instructions if begin <= address <= end]
+        holds_another = any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
+        if not holds_another and any(re.search(r"\b(HGMMA|HMMA|UTCHMMA|UTCMMA)", text) for text in body):
+            spills += sum(bool(re.search(r"\b(STL|LDL)\b", text)) for text in body)
+    return spills
+
+
+def _read_nvidia(log: str, ptx: str, machine_code: str, shared: int) -> Resources:
     stores, loads = (_last_number(rf"(\d+) bytes spill {kind}", log) for kind in ("stores", "loads"))
     warpgroup = len(re.findall(r"wgmma\.mma_async", ptx))
     matrix = warpgroup + len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx))
     copies = len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", ptx))
     warnings = tuple(line.strip() for line in log.splitlines() if re.search(r"C751[0-9]|serializ", line))
     spills = None if stores is None or loads is None else stores + loads
-    return Resources(_last_number(r"Used (\d+) registers", log), spills, shared, matrix, warpgroup, copies, warnings)
+    registers = _last_number(r"Used (\d+) registers", log)
+    return Resources(registers, spills, _loop_spills(machine_code), shared, matrix, warpgroup, copies, warnings)
 
 
 def _read_amd(assembly: str, shared: int) -> Resources:
     registers = _last_number(r"\.vgpr_count:\s+(\d+)", assembly)
     spills = _last_number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
-    return Resources(registers, spills, shared, assembly.count("v_mfma"), 0, 0, ())
+    return Resources(registers, spills, None, shared, assembly.count("v_mfma"), 0, 0, ())
 
 
 def shared_memory_limit(target: GPUTarget) -> int:

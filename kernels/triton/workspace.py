@@ -43,7 +43,9 @@ def plan_workspace(
     """
     longest_row = num_keys + (num_k_blocks if compensate else 0)
     # Per row: shifts, lengths of two lists, reserved length, place, tiles and their start.
-    group_bytes = num_q_blocks * (4 * num_k_blocks + 4 + 4 + 8 + 8 + 4 + 4) + 4 * (num_queries // block_m + num_q_blocks)
+    group_bytes = num_q_blocks * (4 * num_k_blocks + 4 + 4 + 8 + 8 + 4 + 4) + 4 * (
+        num_queries // block_m + num_q_blocks
+    )
     fixed_bytes = 4 * num_kv_groups * num_keys
     least_pool = 2 * longest_row + LOOK_AHEAD
     least_bytes = fixed_bytes + group_bytes + BYTES_PER_ID * least_pool

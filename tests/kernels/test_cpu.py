@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svg2_compile.kernels import cpu, cpu_attention, reference
+from svg2_compile.kernels import cpu, reference
 from svg2_compile.kernels.cpu_attention import key_parts, merge_partial_softmax
+from svg2_compile.kernels.tuning import override
 from tests.kernels.helpers import Problem, assert_within_budget, make_problem
 
 F64 = torch.float64
+LIMITS = {"MIN_KEYS_PER_PART": 128, "MIN_IDLE_PAIRS": 1 << 16}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -52,7 +53,7 @@ def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def check_attention(problem: Problem, compensation: bool) -> None:
     expected = exact_and_eager(problem, compensation)
     check_against(problem, compensation, *expected)
-    with mock.patch.object(cpu_attention, "MIN_IDLE_PAIRS", -1):  # keys cut into parts wherever it is possible at all
+    with override("cpu_attention", {**LIMITS, "MIN_IDLE_PAIRS": -1}):  # keys cut into parts wherever it is possible at all
         check_against(problem, compensation, *expected)
 
 
@@ -123,10 +124,10 @@ def test_attention_does_not_depend_on_the_number_of_threads(threads: int) -> Non
 
 
 def test_key_parts_never_waste_a_thread_nor_cut_too_small() -> None:
-    assert key_parts(num_rows=100, num_keys=4000, num_threads=2) == 2
-    assert key_parts(num_rows=256, num_keys=4000, num_threads=2) == 1  # four units of 64 rows: even as it is
-    assert key_parts(num_rows=100, num_keys=200, num_threads=2) == 1
-    assert key_parts(num_rows=100, num_keys=4000, num_threads=1) <= 1
+    assert key_parts(num_rows=100, num_keys=4000, num_threads=2, limits=LIMITS) == 2
+    assert key_parts(num_rows=256, num_keys=4000, num_threads=2, limits=LIMITS) == 1  # four units of 64 rows: even as it is
+    assert key_parts(num_rows=100, num_keys=200, num_threads=2, limits=LIMITS) == 1
+    assert key_parts(num_rows=100, num_keys=4000, num_threads=1, limits=LIMITS) <= 1
 
 
 def test_merge_of_partial_softmaxes() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg2_compile.kernels import cpu, reference
+from svg2_compile.kernels.tuning import override
 from tests.kernels.helpers import make_problem
 
 F64 = torch.float64
@@ -81,16 +82,14 @@ def test_selection_by_error_equals_the_oracle(dtype: torch.dtype, density: float
         assert bool(actual[..., :5, :-1].all())
 
 
-def test_selection_by_error_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svg2_compile.kernels import cpu_select
-
+def test_selection_by_error_in_tiles() -> None:
     problem = make_problem(num_keys=300, num_k_clusters=15)
     q_centroids = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
     q_sizes = torch.ones(1, 2, 5, dtype=torch.int32)
     args = (problem.key, problem.value, problem.k_offsets, q_centroids, problem.k_centroids, problem.v_centroids)
     whole = cpu.select_blocks_by_error(*args, q_sizes, problem.scale, 0.7, 0.0)
-    monkeypatch.setattr(cpu_select, "ERRORS_PER_TILE", 35)  # 7 tokens at a time, across cluster boundaries
-    assert torch.equal(cpu.select_blocks_by_error(*args, q_sizes, problem.scale, 0.7, 0.0), whole)
+    with override("cpu_error", {"ERRORS_PER_TILE": 35}):  # 7 tokens at a time, across cluster boundaries
+        assert torch.equal(cpu.select_blocks_by_error(*args, q_sizes, problem.scale, 0.7, 0.0), whole)
 
 
 def test_block_density_equals_the_oracle() -> None:

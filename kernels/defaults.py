@@ -1,0 +1,77 @@
+"""Tile sizes for devices that nobody has tuned. Safe before fast: they fit into the smallest memory of their kind.
+
+The GPU entries hold no spills in their inner loops and fit into shared memory wherever they are used; the tests compile
+each of them for sm_80, sm_90 and sm_100. None was timed yet: they are the best by instruction count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+__all__ = ["capability_of", "default_config", "imagined_capability"]
+
+_CPU: Mapping[str, Mapping[str, int]] = {
+    # 2 MiB of scores: small enough that the arg-max finds in cache what the product has just left there.
+    "cpu_kmeans": {"SCORES_PER_TILE": 1 << 19},
+    # Fewer keys per part, or fewer pairs than idle threads could compute, cost more to merge than an idle core.
+    "cpu_attention": {"MIN_KEYS_PER_PART": 128, "MIN_IDLE_PAIRS": 1 << 16},
+    "cpu_error": {"ERRORS_PER_TILE": 1 << 20},
+}
+_INTERPRETER: Mapping[str, Mapping[str, int]] = {
+    "attention": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS_PER_SM": 1},
+    "kmeans_assign": {"BLOCK_N": 64, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2},
+}
+# Compute capability of the device that launches are rehearsed for; None where launches are real.
+_imagined: ContextVar[int | None] = ContextVar("svg2_imagined_capability", default=None)
+
+
+@contextmanager
+def imagined_capability(capability: int) -> Iterator[None]:
+    """Inside, CUDA devices count as one of ``capability`` (90 for sm_90), which need not be there."""
+    token = _imagined.set(capability)
+    try:
+        yield
+    finally:
+        _imagined.reset(token)
+
+
+def capability_of(device: torch.device) -> int:
+    """10 * major + minor of a CUDA device; 0 for AMD's, and for the CPU, where kernels are interpreted."""
+    imagined = _imagined.get()
+    if imagined is not None:
+        return imagined
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def default_config(kernel: str, device: torch.device, dtype: str, head_dim: int) -> Mapping[str, int]:
+    """Safe parameters of ``kernel``. dtype without "torch."; head_dim as padded. Raises KeyError for no such kernel."""
+    if kernel in _CPU:
+        return _CPU[kernel]
+    if device.type == "cpu" and _imagined.get() is None:
+        return _INTERPRETER[kernel]
+    choose = {"attention": _attention, "kmeans_assign": _kmeans_assign}[kernel]
+    return choose(capability_of(device), head_dim * (2 if dtype == "float32" else 1))
+
+
+def _attention(capability: int, width: int) -> Mapping[str, int]:
+    """width: head_dim in units of two bytes."""
+    roomy = capability // 10 in (9, 10)  # 227 KiB of shared memory; sm_80 has 163, sm_86, sm_89 and sm_120 have 99
+    if roomy and width <= 128:
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2, "PROGRAMS_PER_SM": 1}
+    if width <= 128:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "PROGRAMS_PER_SM": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "PROGRAMS_PER_SM": 1}
+
+
+def _kmeans_assign(capability: int, width: int) -> Mapping[str, int]:
+    """width: head_dim in units of two bytes."""
+    if width <= 128:
+        return {"BLOCK_N": 128, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_N": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2}
