@@ -25,7 +25,7 @@ def build_tree() -> list[str]:
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
     for source in (ROOT / "svg2_compile").iterdir():
-        if source.suffix in (".py", ".pyi", ".typed"):
+        if source.suffix in (".py", ".pyi", ".typed") or (source / "__init__.py").is_file():
             (package / source.name).symlink_to(source)
     for name in INSIDE_PACKAGE:
         (package / name).symlink_to(ROOT / name, target_is_directory=True)

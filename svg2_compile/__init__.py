@@ -3,6 +3,7 @@
     torch.compile(model, backend="svg2")        one line, any model
     svg2_compile.enable(pipe)                   a whole diffusers pipeline, steps told by its scheduler
     svg2_compile.explain(model, **inputs)       what would become sparse, and why not the rest
+    svg2_compile.transform(exported_program)    the same rewrite of a torch.export program; save, load, package it
 
 The names below are loaded when they are first used, so that importing a part (``svg2_compile.kernels``) does not
 import the whole.
@@ -17,30 +18,49 @@ if TYPE_CHECKING:
     from svg2_compile.api import Enabled, disable, enable, report, reset
     from svg2_compile.config import ConfigError, Svg2Config
     from svg2_compile.explanation import explain
+    from svg2_compile.export.aoti import package
+    from svg2_compile.export.errors import ExportError, FileDamaged
+    from svg2_compile.export.file import load, save
+    from svg2_compile.export.transform import transform
+    from svg2_compile.export.transformed import TransformedProgram
     from svg2_compile.reports import Report
 
 __all__ = [
     "ConfigError",
     "Enabled",
+    "ExportError",
+    "FileDamaged",
     "Report",
     "Svg2Config",
+    "TransformedProgram",
     "disable",
     "enable",
     "explain",
+    "load",
+    "package",
     "report",
     "reset",
+    "save",
+    "transform",
 ]
 
 _HOME = {
     "ConfigError": "svg2_compile.config",
     "Enabled": "svg2_compile.api",
+    "ExportError": "svg2_compile.export.errors",
+    "FileDamaged": "svg2_compile.export.errors",
     "Report": "svg2_compile.reports",
     "Svg2Config": "svg2_compile.config",
+    "TransformedProgram": "svg2_compile.export.transformed",
     "disable": "svg2_compile.api",
     "enable": "svg2_compile.api",
     "explain": "svg2_compile.explanation",
+    "load": "svg2_compile.export.file",
+    "package": "svg2_compile.export.aoti",
     "report": "svg2_compile.api",
     "reset": "svg2_compile.api",
+    "save": "svg2_compile.export.file",
+    "transform": "svg2_compile.export.transform",
 }
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from svg2_compile.backend import Svg2Backend, sessions
+from svg2_compile.backend import Svg2Backend
 from svg2_compile.clock import SchedulerClock, TimestepClock
 from svg2_compile.config import Svg2Config
 from svg2_compile.explanation import enabled_dynamo_settings
 from svg2_compile.reports import Report
-from svg2_compile.runtime import Session
+from svg2_compile.runtime import Session, report_of, sessions
 from svg2_compile.scheduler_hook import SchedulerHook
 
 __all__ = ["Enabled", "disable", "enable", "report", "reset"]
@@ -43,7 +43,7 @@ class Enabled:
         return [module for reference in self._modules if (module := reference()) is not None]
 
     def report(self) -> Report:
-        return _report_of([self.session])
+        return report_of([self.session])
 
     def reset(self) -> None:
         self.session.reset()
@@ -130,7 +130,7 @@ def reset(target: Any = None) -> None:
 
 def report(target: Any = None) -> Report:
     """What was decided and what ran: of an enabled pipeline, a compiled module, or (None) everything alive."""
-    return _report_of(_sessions_of(target))
+    return report_of(_sessions_of(target))
 
 
 def _transformers(target: Any) -> dict[str, nn.Module]:
@@ -230,15 +230,3 @@ def _sessions_of(target: Any) -> list[Session]:
 def _serves(session: Session, module: nn.Module) -> bool:
     parameters = {id(parameter) for parameter in module.parameters()}
     return any(not parameters.isdisjoint(program.layers.parameter_ids()) for program in session.programs)
-
-
-def _report_of(chosen: Sequence[Session]) -> Report:
-    result = Report()
-    for session in chosen:
-        for program in sorted(session.programs, key=lambda program: program.number):
-            result.sites.extend(program.site_reports())
-            result.graphs.append(program.graph_report)
-        result.runs.extend(session.history.site_records())
-        result.store_bytes += session.store.num_bytes
-        result.store_entries += session.store.num_entries
-    return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,18 +18,11 @@ from svg2_compile.program import CompiledGraph, DenoisingProgram
 from svg2_compile.reports import GraphReport, SiteReport, describe
 from svg2_compile.runtime import Session, TimeReader
 
-__all__ = ["Svg2Backend", "sessions", "svg2"]
+__all__ = ["Svg2Backend", "device_of", "svg2"]
 
 log = get_logger()
 
-# Every session that is alive, so that report(module) and reset(module) find those of a plainly compiled module.
-_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _graph_numbers = itertools.count()
-
-
-def sessions() -> list[Session]:
-    """All sessions that are alive."""
-    return list(_sessions)
 
 
 def svg2(
@@ -72,7 +64,6 @@ class Svg2Backend:
         self.session = session
         self.regional = regional
         self.graphs = 0
-        _sessions.add(session)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1

@@ -30,7 +30,7 @@ class Compilation:
 
     gm is rewritten in place; hand in a copy. regional: True if the graph is known to be one layer among many, False
     if it is known to be a whole model, None to decide by whether the timestep enters the graph. name: for messages and
-    the folder of dumps.
+    the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata.
     """
 
     gm: fx.GraphModule
@@ -38,6 +38,7 @@ class Compilation:
     device: torch.device
     regional: bool | None = None
     name: str = "graph"
+    parameters: frozenset[str] | None = None
     layouts: TokenLayouts | None = None
     time_inputs: tuple[TimeInput, ...] = ()
     calls: list[AttentionCall] = field(default_factory=list)
@@ -73,7 +74,7 @@ class Pass:
 
 
 def _token_layout(c: Compilation) -> None:
-    c.layouts = analyse_token_layout(c.gm)
+    c.layouts = analyse_token_layout(c.gm, c.parameters)
 
 
 def _find_attention(c: Compilation) -> None:

@@ -90,6 +90,10 @@ class SymbolBinder:
         if isinstance(expr, sympy.Symbol):
             self._where.setdefault(expr, (position, dim))
 
+    def values(self, args: Sequence[Any]) -> dict[sympy.Symbol, sympy.Integer]:
+        """Every symbol of the inputs with its value in ``args``."""
+        return {symbol: sympy.Integer(self._read(symbol, args)) for symbol in self._where}
+
     def shapes(self, shapes: Sequence[tuple[Any, ...]], args: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
         """``shapes`` with every expression evaluated for the inputs ``args``."""
         symbols: set[sympy.Symbol] = set()
@@ -146,7 +150,8 @@ class DenoisingProgram:
         self.regional = graph_report.regional
         self._site_names = {site.index: site.name for site in sites if site.decision == "sparse"}
         self.layers = LayerTable()
-        self._binder = SymbolBinder(dense.gm)
+        # The sparse graph begins with the inputs of the dense one, and its state is spelled in its own symbols.
+        self._binder = SymbolBinder((sparse or dense).gm)
         self._flags: dict[bool, torch.Tensor] = {}
         session.programs.add(self)
 

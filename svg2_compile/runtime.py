@@ -17,13 +17,17 @@ from svg2_compile.config import Svg2Config
 from svg2_compile.debug import Once, get_logger
 from svg2_compile.history import RunHistory
 from svg2_compile.layers import Layer, ModuleScope
+from svg2_compile.reports import Report
 
 if TYPE_CHECKING:
     from svg2_compile.program import DenoisingProgram
 
-__all__ = ["CallPlan", "Session", "TimeReader"]
+__all__ = ["CallPlan", "Session", "TimeReader", "report_of", "sessions"]
 
 log = get_logger()
+
+# Every session that is alive, so that report() and reset() find those that nobody holds a handle of.
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 # How many numbers of a modulation tensor are compared to tell one timestep from another.
 _SAMPLES = 8
@@ -103,7 +107,8 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 class Session:
     """What the compiled graphs of one model share: configuration, clock, centroids and history.
 
-    The plain backend makes one for each graph that Dynamo hands over; ``enable`` makes one for a whole pipeline.
+    The plain backend makes one for each graph that Dynamo hands over, a transformed program one of its own; ``enable``
+    makes one for a whole pipeline.
     """
 
     def __init__(self, config: Svg2Config, clock: StepClock | None = None) -> None:
@@ -115,6 +120,7 @@ class Session:
         self.programs: weakref.WeakSet[DenoisingProgram] = weakref.WeakSet()
         self._videos: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.once = Once(log)
+        _sessions.add(self)
 
     def reset(self) -> None:
         """Drop all centroids and forget where in a video we are; the next call begins a video."""
@@ -188,3 +194,21 @@ class Session:
         if isinstance(dense_layers, float):
             dense_layers = math.ceil(dense_layers * max(program.num_layers, layer.ordinal + 1) - 1e-9)
         return layer.ordinal < dense_layers
+
+
+def sessions() -> list[Session]:
+    """All sessions that are alive."""
+    return list(_sessions)
+
+
+def report_of(chosen: Sequence[Session]) -> Report:
+    """What was decided and what ran in some sessions."""
+    result = Report()
+    for session in chosen:
+        for program in sorted(session.programs, key=lambda program: program.number):
+            result.sites.extend(program.site_reports())
+            result.graphs.append(program.graph_report)
+        result.runs.extend(session.history.site_records())
+        result.store_bytes += session.store.num_bytes
+        result.store_entries += session.store.num_entries
+    return result

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import svg2_compile
-from svg2_compile.backend import sessions
+from svg2_compile.runtime import sessions
 from tests.support import IDENTITY, SELECTION, assert_close, at_timestep, first_output
 from tests.zoo.models import build
 

@@ -1,0 +1,206 @@
+"""package: a program with both graphs compiled ahead of time by AOTInductor. Experimental, as AOTInductor is.
+
+A package is a saved file with one more entry: machine code for both graphs, without weights. The weights of the file
+are handed to it when it is loaded, so that they exist once, on the disk and in memory. AOTInductor takes tensors only;
+the number of k-means iterations is the length of one.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from svg2_compile.config import Svg2Config
+from svg2_compile.export.archive import ArchiveReader, ArchiveWriter
+from svg2_compile.export.errors import ExportError
+from svg2_compile.export.file import write_program
+from svg2_compile.export.graphs import ExportedGraph, fake_inputs, flat_module, new_guards
+from svg2_compile.export.manifest import describe_program
+from svg2_compile.export.serde import expression_from_text
+from svg2_compile.export.transformed import MakeGraph, TransformedProgram, check_transformed
+from svg2_compile.inner_backend import inductor_problem
+from svg2_compile.passes.fake_values import fake_mode_of
+
+__all__ = ["package", "packaged_graphs"]
+
+_ENTRY = "compiled.pt2"
+_OPTIONS = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
+
+
+def package(program: TransformedProgram, path: str | os.PathLike[str]) -> None:
+    """Compile both graphs ahead of time and write them to a file, with all that ``save`` writes.
+
+    Experimental. ``svg2_compile.load`` reads the file; it runs on machines like this one, with this PyTorch. A package
+    holds machine code: load only packages that you trust.
+
+    Args:
+        program: of ``transform`` or ``load``.
+        path: the file to write, by convention with the suffix ``.pt2``.
+
+    Raises:
+        TypeError: ``program`` is something else.
+        ExportError: Inductor cannot compile here, the program cannot be packaged, or ``path`` is no file name in an
+            existing folder.
+    """
+    check_transformed(program)
+    device = program.spec.device if program.spec is not None else torch.device("cpu")
+    problem = inductor_problem(device.type)
+    if problem is not None:
+        raise ExportError(f"program: AOTInductor cannot compile for {device.type} here: {problem}.")
+    _check_inputs(program)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "compiled.pt2"
+        assumed = _compile(program, compiled)
+        code = compiled.read_bytes()
+    with ArchiveWriter(Path(path)) as writer:
+        tensors = write_program(writer, program)
+        writer.add(_ENTRY, code)
+        made_for = {"torch": _torch_release(), "machine": _machine(device.type)}
+        writer.finish({**describe_program(program), **tensors, "compiled": {**made_for, "assumed": assumed}})
+
+
+def packaged_graphs(reader: ArchiveReader) -> MakeGraph:
+    """What makes the graphs of a package.
+
+    Raises:
+        ExportError: its machine code was made for another PyTorch or another kind of machine.
+    """
+    compiled = reader.manifest["compiled"]
+    _check_machine(compiled)
+    code = reader.read(_ENTRY)
+    assumed = {which: [expression_from_text(text) for text in texts] for which, texts in compiled["assumed"].items()}
+
+    def make(which: str, program: ExportedProgram, config: Svg2Config) -> PackagedGraph:
+        weights = {**program.state_dict, **program.constants}
+        return PackagedGraph(flat_module(program), config, lambda: _load(code, which, weights), assumed[which])
+
+    return make
+
+
+class PackagedGraph(ExportedGraph):
+    """A graph whose machine code comes from a package.
+
+    Args:
+        gm: the graph that was compiled; runs itself where the code's assumptions do not hold.
+        config: settings.
+        load: yields the compiled function.
+        assumed: what the compiler assumed of symbolic sizes.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, config: Svg2Config, load: Callable[[], Callable[..., Any]], assumed: Sequence[Any]
+    ) -> None:
+        super().__init__(gm, config)
+        self._load = load
+        self._known = list(assumed)
+        self._lengths: dict[int, torch.Tensor] = {}
+
+    def _compile(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        run = self._load()
+        self._assumed = self._known
+        return lambda *args: run([self._length(arg) if isinstance(arg, int) else arg for arg in args])
+
+    def _length(self, number: int) -> torch.Tensor:
+        if number not in self._lengths:
+            device = next(value.device for value in fake_inputs(self.gm) if isinstance(value, torch.Tensor))
+            self._lengths[number] = torch.empty(number + 1, dtype=torch.uint8, device=device)
+        return self._lengths[number]
+
+
+def _check_inputs(program: TransformedProgram) -> None:
+    for leaf in program.signature.leaves:
+        if not leaf.is_constant and not isinstance(leaf.example, torch.Tensor):
+            raise ExportError(f"program: {leaf.name} is a number that may change; AOTInductor takes tensors only.")
+
+
+def _compile(program: TransformedProgram, target: Path) -> dict[str, list[str]]:
+    """Compile both graphs into one file; returns what was assumed of their sizes."""
+    from torch._inductor import aot_compile, list_mode_options
+    from torch._inductor.package import package_aoti
+
+    mode = program.config.inductor_mode
+    options = {**(list_mode_options(mode) if mode else {}), **_OPTIONS}
+    files, assumed = {}, {}
+    for which, graph in (("dense", program.dense), ("sparse", program.sparse)):
+        if graph is None:
+            continue
+        gm = _with_tensor_inputs(flat_module(graph))
+        with torch.no_grad(), new_guards(gm) as guards:
+            made = aot_compile(gm, tuple(fake_inputs(gm)), options=options)
+        assert isinstance(made, list)
+        # The C++ source is of no use in running, and tells the paths of this machine.
+        files[which] = [name for name in made if not str(name).endswith(".cpp")]
+        assumed[which] = [sympy.srepr(guard) for guard in guards]
+    package_aoti(str(target), files)
+    return assumed
+
+
+def _with_tensor_inputs(gm: fx.GraphModule) -> fx.GraphModule:
+    """Every number among the inputs becomes the length of a tensor less one, in place.
+
+    Less one, because compilers take lengths of one for a special case.
+    """
+    device = next(value.device for value in fake_inputs(gm) if isinstance(value, torch.Tensor))
+    for node in gm.graph.find_nodes(op="placeholder"):
+        number = node.meta["val"]
+        if isinstance(number, torch.Tensor):
+            continue
+        with gm.graph.inserting_after(node), fake_mode_of(gm):
+            tensor = gm.graph.placeholder(f"{node.name}_length")
+            tensor.meta["val"] = torch.empty(number + 1, dtype=torch.uint8, device=device)
+        with gm.graph.inserting_after(tensor):
+            length = gm.graph.call_function(torch.ops.aten.sym_size.int, (tensor, 0))
+            length.meta["val"] = number + 1
+        with gm.graph.inserting_after(length):
+            less_one = gm.graph.call_function(operator.sub, (length, 1))
+            less_one.meta["val"] = number
+        node.replace_all_uses_with(less_one)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return gm
+
+
+def _load(code: bytes, which: str, weights: Mapping[str, Any]) -> Callable[[list[torch.Tensor]], Any]:
+    from torch._inductor.package import load_package
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "compiled.pt2"
+        path.write_bytes(code)
+        model = load_package(str(path), which)
+    needed = {name: weights[name] for name in model.get_constant_fqns()}
+    # The code reads the program's own tensors: one copy serves both graphs.
+    model.load_constants(needed, check_full_update=True, user_managed=True)
+    return model.loader.boxed_run
+
+
+def _check_machine(compiled: Mapping[str, Any]) -> None:
+    here = {"torch": _torch_release(), "machine": _machine(compiled["machine"]["device"])}
+    for what, found in here.items():
+        if compiled[what] != found:
+            raise ExportError(
+                f"file: its machine code was made for {what} {compiled[what]}, and this is {found}. Valid: the same; "
+                "or svg2_compile.load(path, inner_backend='inductor'), which compiles the graphs of the file here."
+            )
+
+
+def _torch_release() -> str:
+    """The version without the build."""
+    return re.split(r"[+]", str(torch.__version__))[0]
+
+
+def _machine(device_type: str) -> dict[str, str]:
+    """Platform, processor and instruction set, as AOTInductor names them. Code for another may crash the process."""
+    from torch._inductor.codecache import get_device_information
+
+    found = {str(key): str(value) for key, value in get_device_information(device_type).items()}
+    return {"device": device_type, **found}
