@@ -57,21 +57,25 @@ def default_config(kernel: str, device: torch.device, dtype: str, head_dim: int)
     if device.type == "cpu" and _imagined.get() is None:
         return _INTERPRETER[kernel]
     choose = {"attention": _attention, "kmeans_assign": _kmeans_assign}[kernel]
-    return choose(capability_of(device), head_dim * (2 if dtype == "float32" else 1))
+    return choose(capability_of(device), dtype == "float32", head_dim)
 
 
-def _attention(capability: int, width: int) -> Mapping[str, int]:
-    """width: head_dim in units of two bytes."""
+def _attention(capability: int, exact: bool, width: int) -> Mapping[str, int]:
+    """exact: float32, multiplied outside the tensor cores, where tiles take many more registers."""
     roomy = capability // 10 in (9, 10)  # 227 KiB of shared memory; sm_80 has 163, sm_86, sm_89 and sm_120 have 99
-    if roomy and width <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2, "PROGRAMS_PER_SM": 1}
-    if width <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "PROGRAMS_PER_SM": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "PROGRAMS_PER_SM": 1}
+    if exact:
+        return _tiles(64, 32, 8, 2) if width <= 64 else _tiles(32, 32, 8, 2) if width <= 128 else _tiles(32, 16, 8, 2)
+    if width > 128:
+        return _tiles(64, 32, 8, 2) if roomy else _tiles(32, 32, 4, 2)
+    return _tiles(128, 128, 8, 2) if roomy else _tiles(128, 64, 8, 3)
 
 
-def _kmeans_assign(capability: int, width: int) -> Mapping[str, int]:
-    """width: head_dim in units of two bytes."""
-    if width <= 128:
-        return {"BLOCK_N": 128, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_N": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2}
+def _tiles(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Mapping[str, int]:
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    return {**sizes, "PROGRAMS_PER_SM": 1}
+
+
+def _kmeans_assign(capability: int, exact: bool, width: int) -> Mapping[str, int]:
+    if exact or width > 128:
+        return {"BLOCK_N": 64, "BLOCK_C": 32, "num_warps": 8 if exact else 4, "num_stages": 2}
+    return {"BLOCK_N": 128, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}

@@ -33,8 +33,8 @@ IMPLEMENTATIONS = {
 }
 
 # What runs when nobody asks for anything, by device type. A device without an entry is an error, not a fallback.
-# A CUDA build of torch brings Triton along on Linux; where there is none the readable reference runs, and the cost model
-# knows it.
+# A CUDA build of torch brings Triton along on Linux; where there is none the readable reference runs, and the cost
+# model knows it.
 DEFAULT_IMPLEMENTATION = {
     "cpu": "cpu",
     "cuda": "triton" if _HAS_TRITON else "reference",

@@ -215,9 +215,9 @@ def block_sparse_attention(
     a row skips joins the same softmax as one key k_j with value v_j and bias ln n_j (EAR's compensation); context and
     null blocks never do. workspace_mb: MiB that a GPU may use for lists of keys; an error where it is too little.
 
-    Returns out [B, Hq, Nq, Dv] in query's dtype (contiguous; with q_order laid out as ``unpermute_tokens`` does) and lse
-    float32 [B, Hq, Nq], the natural log of the sum of exponentials, compensation included. A row without any key has
-    out 0 and lse -inf. Accumulation is float32.
+    Returns out [B, Hq, Nq, Dv] in query's dtype (contiguous; with q_order laid out as ``unpermute_tokens`` does) and
+    lse float32 [B, Hq, Nq], the natural log of the sum of exponentials, compensation included. A row without any key
+    has out 0 and lse -inf. Accumulation is float32.
     """
     args = (query, key, value, q_offsets, k_offsets, block_map, scale, k_centroids, v_centroids, q_order, k_order)
     validation.check_block_sparse_attention(*args, workspace_mb)

@@ -39,6 +39,7 @@ _log = logging.getLogger("svg2_compile.kernels")
 
 FORMAT = 1
 DENSITY_BUCKETS = (10, 25, 50)  # percent
+# Tables of devices that were measured, shipped with the package.
 SHIPPED = Path(__file__).resolve().parent / "configs"
 
 
@@ -67,12 +68,17 @@ class TuningKey:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The best configuration found for a key. Times are medians in milliseconds; tried: configurations timed."""
+    """The best configuration found for a key. Times are medians in milliseconds.
+
+    trials: what became of every configuration that was looked at: its time, or None where it was sorted out. complete:
+    whether that was the whole search space.
+    """
 
     config: Mapping[str, int]
     best_ms: float
     default_ms: float
-    tried: int
+    trials: Mapping[str, float | None]
+    complete: bool
 
 
 @dataclass
@@ -106,9 +112,10 @@ class Table:
                 numbers = [_typed(entry[name], int) for name in ("head_dim", "tokens", "density")]
                 key = TuningKey(_typed(entry["kernel"], str), _typed(entry["dtype"], str), *numbers)
                 config = {str(name): _typed(value, int) for name, value in _typed(entry["config"], dict).items()}
-                times = [float(entry["best_ms"]), float(entry["default_ms"])]
-                table.measurements[key] = Measurement(config, *times, _typed(entry["tried"], int))
-        except (KeyError, TypeError) as problem:
+                trials = {str(name): ms and float(ms) for name, ms in _typed(entry["trials"], dict).items()}
+                best, default, complete = float(entry["best_ms"]), float(entry["default_ms"]), entry["complete"] is True
+                table.measurements[key] = Measurement(config, best, default, trials, complete)
+        except (KeyError, TypeError, ValueError) as problem:
             raise ValueError(f"an entry is incomplete or has a wrong type: {problem}") from None
         return table
 
@@ -149,40 +156,53 @@ def read_table(path: Path) -> Table:
 
 
 def load_tables(device_name: str) -> tuple[Table, ...]:
-    """The tables for a device and the installed engine, the user's first. Unreadable files are reported and ignored."""
+    """The tables for a device and the installed engine, the user's first."""
+    tables = (load_table(device_name, folder) for folder in (cache_dir(), SHIPPED))
+    return tuple(table for table in tables if table is not None)
+
+
+def load_table(device_name: str, folder: Path) -> Table | None:
+    """The table in ``folder`` for a device and the installed engine; one that cannot be read is reported and ignored."""
     engine = engine_of(device_name)
-    tables = []
-    for folder in (cache_dir(), SHIPPED):
-        path = folder / table_name(device_name, engine)
-        table = _read_or_report(path)
-        if table is not None and (table.device, table.engine) == (device_name, engine):
-            tables.append(table)
-        elif table is not None:
-            _log.warning("%s is ignored: it is for %s with %s", path, table.device, table.engine)
-    return tuple(tables)
-
-
-def _read_or_report(path: Path) -> Table | None:
+    path = folder / table_name(device_name, engine)
     if not path.exists():
         return None
     try:
-        return read_table(path)
+        table = read_table(path)
     except (OSError, ValueError) as problem:
         _log.warning("the tuning table %s is ignored (%s); `svg2 tune` writes a new one", path, problem)
         return None
+    if (table.device, table.engine) != (device_name, engine):
+        _log.warning("the tuning table %s is ignored: it is for %s with %s", path, table.device, table.engine)
+        return None
+    return table
 
 
 def merge(table: Table, folder: Path | None = None) -> Path:
     """Add a table's measurements to the user's file for its device, newer ones replacing older; returns the file."""
-    path = (folder or cache_dir()) / table_name(table.device, table.engine)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder or cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / table_name(table.device, table.engine)
     with FileLock(path.with_suffix(".lock")):
-        known = _read_or_report(path)
+        known = _stored(path)
         measurements = {**(known.measurements if known else {}), **table.measurements}
         with _replacing(path) as file:
             json.dump(Table(table.device, table.engine, measurements).to_json(), file, indent=1)
             file.write("\n")
     return path
+
+
+def _stored(path: Path) -> Table | None:
+    """What a merge adds to. A damaged file is set aside, not overwritten."""
+    if not path.exists():
+        return None
+    try:
+        return read_table(path)
+    except (OSError, ValueError) as problem:
+        aside = path.with_suffix(".damaged")
+        os.replace(path, aside)
+        _log.warning("the tuning table %s could not be read (%s); it is kept as %s", path, problem, aside)
+        return None
 
 
 @contextmanager

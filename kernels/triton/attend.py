@@ -1,10 +1,10 @@
 """The attention kernel: tiles of query rows against lists of key ids (SVG2 section 4.3), with EAR's compensation.
 
-One program takes one tile of query rows of one query block and walks the block's list of key ids (``plan.py``). Programs
-stay and draw their tiles from a counter, in the order of the heads, so that the keys of a head stay in the second-level
-cache and nobody waits for a long row at the end. Queries are read, and results written, through the query order where one
-is given: neither is ever permuted in memory. The ids of the next tile are loaded one step ahead, so that the loads of
-its keys do not wait for them.
+One program takes one tile of query rows of one query block and walks the block's list of key ids (``plan.py``).
+Programs stay and draw their tiles from a counter, in the order of the heads, so that the keys of a head stay in the
+second-level cache and nobody waits for a long row at the end. Queries are read, and results written, through the query
+order where one is given: neither is ever permuted in memory. The ids of the next tile are loaded one step ahead, so
+that the loads of its keys do not wait for them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from svg2_compile.kernels.triton.primitives import (
+    EXACT,
     LN_2,
     gather_rows,
     head_base,
@@ -28,7 +29,7 @@ COUNTS = ["this_pass", "capacity", "first_group", "num_queries", "num_rows", "nu
 
 
 @triton.jit
-def _softmax_step(acc, total, largest, score, value, to_log2, PRECISION: tl.constexpr):
+def _softmax_step(acc, total, largest, score, value, to_log2):
     """One step of online softmax over a tile of keys.
 
     acc float32 [M, Dv], total and largest float32 [M]; ``largest`` and the exponents are in powers of two. The scale is
@@ -38,7 +39,7 @@ def _softmax_step(acc, total, largest, score, value, to_log2, PRECISION: tl.cons
     shrink = tl.exp2(largest - new_largest)
     weight = tl.exp2(score * to_log2 - new_largest[:, None])
     total = total * shrink + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+    acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision=EXACT)
     return acc, total, new_largest
 
 
@@ -46,7 +47,7 @@ def _softmax_step(acc, total, largest, score, value, to_log2, PRECISION: tl.cons
 def _attend_to_list(
     query, key, value, ids, count, to_log2, k_n, v_n,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attend to the ``count`` keys named by a padded list: one masked tile, then full tiles without any mask.
 
@@ -59,26 +60,26 @@ def _attend_to_list(
     # Lanes past the end repeat a key of the row's own: another's value may be NaN, and 0 * NaN is NaN.
     rows = tl.where(named, tl.load(ids + full + lane, mask=named, other=0), tl.load(ids, mask=count > 0, other=0))
     keys = gather_rows(key, rows, k_n, WIDTH, BLOCK_D, WIDE)
-    score = tl.where(named[None, :], tl.dot(query, tl.trans(keys), input_precision=PRECISION), float("-inf"))
+    score = tl.where(named[None, :], tl.dot(query, tl.trans(keys), input_precision=EXACT), float("-inf"))
     largest = tl.where(count > 0, tl.max(score, 1) * to_log2, 0.0)
     weight = tl.exp2(score * to_log2 - largest[:, None])
     total = tl.sum(weight, 1)
     values = gather_rows(value, rows, v_n, VALUE_WIDTH, BLOCK_DV, WIDE)
-    acc = tl.dot(weight.to(value.dtype.element_ty), values, input_precision=PRECISION)
+    acc = tl.dot(weight.to(value.dtype.element_ty), values, input_precision=EXACT)
     rows = tl.load(ids + lane)
     for first in tl.range(0, full, BLOCK_N):
         keys = gather_rows(key, rows, k_n, WIDTH, BLOCK_D, WIDE)
         values = gather_rows(value, rows, v_n, VALUE_WIDTH, BLOCK_DV, WIDE)
         rows = tl.load(ids + first + BLOCK_N + lane)
-        score = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-        acc, total, largest = _softmax_step(acc, total, largest, score, values, to_log2, PRECISION)
+        score = tl.dot(query, tl.trans(keys), input_precision=EXACT)
+        acc, total, largest = _softmax_step(acc, total, largest, score, values, to_log2)
     return acc, total, largest
 
 
 @triton.jit
 def _attend_to_means(
     acc, total, largest, query, k_means, v_means, log_sizes, ids, count, to_log2,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attend to the ``count`` skipped clusters of a padded list: one key each, with the bias ln n."""
     lane = tl.arange(0, BLOCK_N)
@@ -90,11 +91,11 @@ def _attend_to_means(
         next_named = first + BLOCK_N + lane < count
         keys = gather_rows(k_means, rows, BLOCK_D, BLOCK_D, BLOCK_D, False)
         values = gather_rows(v_means, rows, BLOCK_DV, BLOCK_DV, BLOCK_DV, False)
-        score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * to_log2 + bias[None, :]
+        score = tl.dot(query, tl.trans(keys), input_precision=EXACT) * to_log2 + bias[None, :]
         score = tl.where(named[None, :], score, float("-inf"))
         rows = tl.where(next_named, tl.load(ids + first + BLOCK_N + lane, mask=next_named, other=0), own)
         bias = tl.load(log_sizes + rows)
-        acc, total, largest = _softmax_step(acc, total, largest, score, values, 1.0, PRECISION)
+        acc, total, largest = _softmax_step(acc, total, largest, score, values, 1.0)
     return acc, total, largest
 
 
@@ -106,7 +107,7 @@ def attend(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MEANS_N: tl.constexpr, HAS_ORDER: tl.constexpr,
-    COMPENSATE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    COMPENSATE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """All query tiles of one pass, drawn from a counter."""
     first_tile = tl.load(tile_starts + tl.load(pass_slots + this_pass))
@@ -133,7 +134,7 @@ def attend(
         acc, total, largest = _attend_to_list(
             queries,
             key + head_base(kv_group, num_kv_heads, k_b, k_h), value + head_base(kv_group, num_kv_heads, v_b, v_h),
-            ids, count, to_log2, k_n, v_n, WIDTH, BLOCK_D, VALUE_WIDTH, BLOCK_DV, BLOCK_N, WIDE, PRECISION,
+            ids, count, to_log2, k_n, v_n, WIDTH, BLOCK_D, VALUE_WIDTH, BLOCK_DV, BLOCK_N, WIDE,
         )  # fmt: skip
         if COMPENSATE:
             ids += count
@@ -141,7 +142,7 @@ def attend(
             acc, total, largest = _attend_to_means(
                 acc, total, largest, queries, k_means + first_mean * BLOCK_D, v_means + first_mean * BLOCK_DV,
                 log_sizes + first_mean, ids, tl.load(skipped_counts + slot), to_log2,
-                BLOCK_D, BLOCK_DV, MEANS_N, PRECISION,
+                BLOCK_D, BLOCK_DV, MEANS_N,
             )  # fmt: skip
         # A row without any key has total 0: its out is 0 and its lse -inf. NaN stays NaN.
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]

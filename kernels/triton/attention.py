@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from svg2_compile.kernels.triton.attend import attend
 from svg2_compile.kernels.triton.launch import (
     device_of,
-    dot_precision,
     num_processors,
     padded,
     row_strides,
@@ -88,7 +87,12 @@ class AttentionWork:
                 self._attend(plan, place, pool, counters, config)
 
     def _attend(
-        self, plan: AttentionPlan, place: tuple[int, int, int], pool: Tensor, counters: Tensor, config: dict[str, Any]
+        self,
+        plan: AttentionPlan,
+        place: tuple[int, int, int],
+        pool: Tensor,
+        counters: Tensor,
+        config: Mapping[str, int],
     ) -> None:
         """Attend to the lists of one pass; place: the pass, its capacity, the first group of the chunk."""
         num_rows, num_k_blocks = self.blocks.block_map.shape[2:]
@@ -111,7 +115,7 @@ class AttentionWork:
             **{"WIDTH": width, "BLOCK_D": padded(width), "VALUE_WIDTH": value_width, "BLOCK_DV": padded(value_width)},
             **{"MEANS_N": max(16, config["BLOCK_N"] // 2), "HAS_ORDER": self.q_order is not None},
             **{"COMPENSATE": self.compensates, "WIDE": max(_extent(self.key), _extent(self.value)) >= 1 << 31},
-            **{"PRECISION": dot_precision(self.query.dtype), **options},
+            **options,
         )
 
 

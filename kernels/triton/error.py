@@ -1,9 +1,9 @@
 """EAR's error estimate, streamed over the keys (arXiv 2603.08982): never [query clusters, tokens] in memory.
 
 e_ij = sum over keys t of cluster j of |exp(s q_i.k_t) v_t - exp(s q_i.k_j) v_j|^2. With r_t = exp(s q_i.(k_t - k_j))
-this is exp(2 s q_i.k_j) times the sum of r_t^2 |v_t|^2 - 2 r_t v_t.v_j + |v_j|^2: per key two scalars of its value, found
-once by ``_value_scalars``, and a matrix product of query centroids with keys. The sums carry a running maximum of the
-exponents, as online softmax does.
+this is exp(2 s q_i.k_j) times the sum of r_t^2 |v_t|^2 - 2 r_t v_t.v_j + |v_j|^2: per key two scalars of its value,
+found once by ``_value_scalars``, and a matrix product of query centroids with keys. The sums carry a running maximum of
+the exponents, as online softmax does.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def _log_errors(
 
 
 class ErrorInputs(NamedTuple):
-    """What the estimate reads for all heads. key [B, Hkv, Nk, D] permuted; k_offsets int32 [B, Hkv, Ck + 3]; v_centroids
-    float32 [B, Hkv, Ck, Dv]; squares |v_t|^2 and products v_t.v_j float32 [B, Hkv, Nk]."""
+    """What the estimate reads for all heads. key [B, Hkv, Nk, D] permuted; k_offsets int32 [B, Hkv, Ck + 3];
+    v_centroids float32 [B, Hkv, Ck, Dv]; squares |v_t|^2 and products v_t.v_j float32 [B, Hkv, Nk]."""
 
     key: Tensor
     k_offsets: Tensor
@@ -126,8 +126,8 @@ def error_inputs(key: Tensor, value: Tensor, k_offsets: Tensor, v_centroids: Ten
 
 
 def log_errors(inputs: ErrorInputs, q_centroids: Tensor, logits: Tensor, scale: float, groups: slice) -> Tensor:
-    """ln e_ij float32 [groups, Cq, Ck] for some (batch, query head) groups; logits float32 [groups, Cq, Ck] are q_i.k_j,
-    not scaled."""
+    """ln e_ij float32 [groups, Cq, Ck] for some (batch, query head) groups; logits float32 [groups, Cq, Ck] are
+    q_i.k_j, not scaled."""
     _, kv_heads, num_tokens, width = inputs.key.shape
     q_heads, num_q_clusters = q_centroids.shape[1:3]
     num_k_clusters, value_width = inputs.v_centroids.shape[2:]

@@ -1,4 +1,5 @@
-"""Every op in Triton, for NVIDIA GPUs (sm_80 and newer) and AMD's that Triton compiles for. A facade over this folder."""
+"""Every op in Triton, for NVIDIA GPUs (sm_80 and newer) and AMD's that Triton compiles for. A facade over this
+folder."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 One iteration is an assignment (``_assign``: the scores of a tile of tokens against all centroids live in registers
 only), a counting sort of the labels, and one program per cluster that sums its members and prepares the new centroid
-for the next assignment (``_update``). Centroids are kept twice: float32 as the result, and rounded to the tokens' dtype,
-padded and with their half norms, as the assignment reads them. Norms are those of the rounded centroids, so that a label
-is exactly the nearest rounded centroid.
+for the next assignment (``_update``). Centroids are kept twice: float32 as the result, and rounded to the tokens'
+dtype, padded and with their half norms, as the assignment reads them. Norms are those of the rounded centroids, so that
+a label is exactly the nearest rounded centroid.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.triton.launch import device_of, dot_precision, padded, row_strides, rows_dense
+from svg2_compile.kernels.triton.launch import device_of, padded, row_strides, rows_dense
 from svg2_compile.kernels.triton.means import ROWS_PER_STEP, sum_segment
 from svg2_compile.kernels.triton.order import counting_sort
-from svg2_compile.kernels.triton.primitives import head_base, load_rows
+from svg2_compile.kernels.triton.primitives import EXACT, head_base, load_rows
 from svg2_compile.kernels.tuning import tuned
 
 __all__ = ["kmeans"]
@@ -33,8 +33,8 @@ COUNTS = ["num_tokens", "num_clusters", "num_padded"]
 
 
 class Prepared(NamedTuple):
-    """Centroids as the assignment reads them, for all groups: rows [groups, padded C, BLOCK_D] in the tokens' dtype, half
-    norms float32 [groups, padded C]. Padding rows are unusable."""
+    """Centroids as the assignment reads them, for all groups: rows [groups, padded C, BLOCK_D] in the tokens' dtype,
+    half norms float32 [groups, padded C]. Padding rows are unusable."""
 
     rows: Tensor
     half_norms: Tensor
@@ -105,7 +105,7 @@ def _start(
 def _assign(
     x, prepared, half_norms, labels, num_tokens, num_clusters, num_padded, num_heads, x_b, x_h, x_n,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    TILE_BITS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_BITS: tl.constexpr,
 ):  # fmt: skip
     """labels[t] = argmax over centroids of x_t.c - |c|^2 / 2.
 
@@ -126,7 +126,7 @@ def _assign(
     best = tl.full([BLOCK_N, BLOCK_C], -3e38, tl.float32)
     for first in range(0, num_padded, BLOCK_C):
         rows = tl.load(prepared + (first + column)[:, None] * BLOCK_D + width[None, :])
-        score = tl.dot(tokens, tl.trans(rows), input_precision=PRECISION)
+        score = tl.dot(tokens, tl.trans(rows), input_precision=EXACT)
         score -= tl.load(half_norms + first + column)[None, :]
         packed = (score.to(tl.int32, bitcast=True) & ~TILE_MASK) | (first // BLOCK_C)
         best = tl.maximum(best, packed.to(tl.float32, bitcast=True))
@@ -213,6 +213,6 @@ def launch_assign(x: Tensor, prepared: Prepared, labels: Tensor, num_clusters: i
     grid = (triton.cdiv(num_tokens, config["BLOCK_N"]), batch * heads)
     _assign[grid](
         *(x, *prepared, labels, num_tokens, num_clusters, num_padded, heads, *row_strides(x)),
-        **{"WIDTH": width, "BLOCK_D": padded(width), "PRECISION": dot_precision(x.dtype)},
+        **{"WIDTH": width, "BLOCK_D": padded(width)},
         **{"TILE_BITS": (num_tiles - 1).bit_length(), **config},
     )

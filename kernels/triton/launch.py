@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["device_of", "dot_precision", "num_processors", "padded", "rehearsal", "row_strides", "rows_dense"]
+__all__ = ["device_of", "num_processors", "padded", "rehearsal", "row_strides", "rows_dense"]
 
 # Processors of the imagined device while launches are only noted (rehearsal.py).
 _imagined_processors: ContextVar[int | None] = ContextVar("svg2_imagined_processors", default=None)
@@ -46,13 +46,6 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
 def padded(width: int) -> int:
     """The power of two that a kernel computes with for an axis of ``width``; 16 is the least that tl.dot takes."""
     return max(16, triton.next_power_of_2(width))
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: exact products of 16-bit inputs; three TF32 products for float32, about 2^-22."""
-    if dtype != torch.float32:
-        return "ieee"
-    return "ieee" if torch.version.hip is not None else "tf32x3"
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Counting sort of tokens by block: stable, without atomics, four launches.
 
 A tile of tokens is counted (``count_blocks``), the counts of each block are summed over the tiles before
-(``sum_over_tiles``), blocks get their places (``place_blocks``), and every token finds its own from the three: the start
-of its block, the tokens of that block in earlier tiles, and those before it in its own tile (``scatter_tokens``).
+(``sum_over_tiles``), blocks get their places (``place_blocks``), and every token finds its own from the three: the
+start of its block, the tokens of that block in earlier tiles, and those before it in its own tile (``scatter_tokens``).
 """
 
 from __future__ import annotations

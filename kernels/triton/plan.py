@@ -35,8 +35,8 @@ NOTHING = tl.constexpr(-2147483647)  # no keys, or no cluster
 
 
 class Blocks(NamedTuple):
-    """Which blocks attend to which: contiguous q_offsets int32 [B, Hq, Rq + 1], k_offsets int32 [B, Hkv, Rk + 1], block_map
-    int8 [B, Hq, Rq, Rk]."""
+    """Which blocks attend to which: contiguous q_offsets int32 [B, Hq, Rq + 1], k_offsets int32 [B, Hkv, Rk + 1],
+    block_map int8 [B, Hq, Rq, Rk]."""
 
     q_offsets: Tensor
     k_offsets: Tensor

@@ -1,7 +1,7 @@
 """Launches without a GPU: which kernels a call would start, and what each of them costs the machine.
 
-``record_launches`` runs host code on fake CUDA tensors and notes every kernel launch instead of making it; a host read of
-device data is an error there. ``compile_launch`` compiles one noted launch for any target and reports registers,
+``record_launches`` runs host code on fake CUDA tensors and notes every kernel launch instead of making it; a host read
+of device data is an error there. ``compile_launch`` compiles one noted launch for any target and reports registers,
 spills, shared memory and the instructions that matter. Both need Triton, neither a driver.
 """
 
@@ -28,7 +28,16 @@ from triton.runtime.jit import JITFunction
 from svg2_compile.kernels.defaults import imagined_capability
 from svg2_compile.kernels.triton import launch as launching
 
-__all__ = ["TARGETS", "Launch", "Resources", "compile_launch", "record_launches", "shared_memory_limit"]
+__all__ = [
+    "TARGETS",
+    "Launch",
+    "Resources",
+    "compile_launch",
+    "nvidia_target",
+    "record_launches",
+    "resource_problem",
+    "shared_memory_limit",
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -78,10 +87,10 @@ class Launch:
 class Resources:
     """What one compiled kernel takes. Fields that a target does not report are None.
 
-    registers: per thread. spill_bytes: stores and loads. loop_spills: spill instructions inside the innermost loops that
-    use the tensor cores, the ones that cost. shared_bytes: per program. matrix_instructions: tensor-core instructions;
-    warpgroup_instructions: those of Hopper's asynchronous kind. async_copies: global-to-shared. warnings: the
-    assembler's about serialised tensor-core work.
+    registers: per thread. spill_bytes: stores and loads. loop_spills: spill instructions inside the innermost loops
+    that use the tensor cores, the ones that cost. shared_bytes: per program. matrix_instructions: tensor-core
+    instructions; warpgroup_instructions: those of Hopper's asynchronous kind. async_copies: global-to-shared. warnings:
+    the assembler's about serialised tensor-core work.
     """
 
     registers: int | None
@@ -174,7 +183,7 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def _loop_spills(machine_code: str) -> int:
-    """Local-memory instructions in the innermost loops with tensor-core instructions."""
+    """Local-memory instructions in the innermost loops that multiply matrices or copy tiles."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", machine_code)
     instructions = [(int(address, 16), text) for address, text in lines]
     loops = []
@@ -186,7 +195,7 @@ def _loop_spills(machine_code: str) -> int:
     for begin, end in loops:
         body = [text for address, text in instructions if begin <= address <= end]
         holds_another = any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
-        if not holds_another and any(re.search(r"\b(HGMMA|HMMA|UTCHMMA|UTCMMA)", text) for text in body):
+        if not holds_another and any(re.search(r"\b(HGMMA|HMMA|UTC\w*MMA|LDGSTS|UTMALDG)", text) for text in body):
             spills += sum(bool(re.search(r"\b(STL|LDL)\b", text)) for text in body)
     return spills
 
@@ -206,6 +215,23 @@ def _read_amd(assembly: str, shared: int) -> Resources:
     registers = _last_number(r"\.vgpr_count:\s+(\d+)", assembly)
     spills = _last_number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     return Resources(registers, spills, None, shared, assembly.count("v_mfma"), 0, 0, ())
+
+
+def nvidia_target(capability: int) -> GPUTarget:
+    """The compiler's target for a compute capability (90 for sm_90)."""
+    return GPUTarget("cuda", capability, 32)
+
+
+def resource_problem(resources: Resources, target: GPUTarget) -> str | None:
+    """Why a compiled kernel should not be launched on ``target``, or None."""
+    limit = shared_memory_limit(target)
+    if resources.shared_bytes > limit:
+        return f"{resources.shared_bytes} bytes of shared memory, {limit} are there"
+    if resources.loop_spills:
+        return f"{resources.loop_spills} spill instructions in the inner loop"
+    if resources.warnings:
+        return resources.warnings[0]
+    return None
 
 
 def shared_memory_limit(target: GPUTarget) -> int:

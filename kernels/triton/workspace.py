@@ -1,4 +1,5 @@
-"""How much memory the attention kernel's lists may take, and into how many passes that cuts the work. Plain integers."""
+"""How much memory the attention kernel's lists may take, and into how many passes that cuts the work. Plain
+integers."""
 
 from __future__ import annotations
 
