@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from svg2_compile.explanation import enabled_dynamo_settings
 from svg2_compile.reports import Report
 from svg2_compile.runtime import Session, report_of, sessions
 from svg2_compile.scheduler_hook import SchedulerHook
+
+if TYPE_CHECKING:
+    from svg2_compile.export.transformed import TransformedProgram
 
 __all__ = ["Enabled", "disable", "enable", "report", "reset"]
 
@@ -72,9 +75,12 @@ def enable(
     scheduler: Any = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
+    program: TransformedProgram | Mapping[str, TransformedProgram] | None = None,
     **options: Any,
 ) -> Enabled:
     """Compile the transformer(s) of a pipeline, or one module, in place with backend "svg2".
+
+    With ``program``, calls run a transformed program instead, with the weights that it brings.
 
     Args:
         pipe_or_module: a diffusers pipeline (its transformers are compiled and its scheduler is followed), or a module.
@@ -82,17 +88,21 @@ def enable(
             first step.
         scheduler: for a module, the scheduler that drives it; None watches the timestep input instead.
         fullgraph, dynamic: as of torch.compile.
-        **options: the fields of Svg2Config.
+        program: of ``svg2_compile.transform`` or ``load``, to run in the place of the transformer; for a pipeline with
+            several transformers a mapping by name. Nothing is compiled with Dynamo then.
+        **options: the fields of Svg2Config; with ``program``, those that ``svg2_compile.load`` takes.
 
     Returns:
         A handle with ``report()``, ``reset()`` and ``disable()``; as a context manager it disables at its end.
 
     Raises:
         TypeError: nothing in ``pipe_or_module`` can be compiled.
-        ValueError: an option is unknown or out of range, or ``regional`` finds no repeated blocks.
+        ValueError: an option is unknown or out of range, ``regional`` finds no repeated blocks, or ``program`` does not
+            fit.
     """
-    config = Svg2Config.from_options(options)
     modules = _transformers(pipe_or_module)
+    programs = _programs(program, modules, options, regional)
+    config = next(iter(programs.values())).config if programs else Svg2Config.from_options(options)
     disable(pipe_or_module)
     if scheduler is None:
         scheduler = getattr(pipe_or_module, "scheduler", None)
@@ -104,6 +114,10 @@ def enable(
     backend = Svg2Backend(config, session, regional=regional)
     try:
         for name, module in modules.items():
+            if programs:
+                if name in programs:
+                    _run_in_place(module, name, programs[name], enabled)
+                continue
             parts = _repeated_blocks(module) if regional else {"": module}
             for path, part in parts.items():
                 label = ".".join(filter(None, (name, path)))
@@ -113,6 +127,21 @@ def enable(
         raise
     _enabled[pipe_or_module] = enabled
     return enabled
+
+
+def _programs(
+    program: TransformedProgram | Mapping[str, TransformedProgram] | None,
+    modules: Mapping[str, nn.Module],
+    options: Mapping[str, Any],
+    regional: bool,
+) -> dict[str, TransformedProgram]:
+    if program is None:
+        return {}
+    from svg2_compile.export.in_pipeline import programs_of
+
+    if regional:
+        raise ValueError("regional=True: a program has graphs of its own. Valid with program: regional=False.")
+    return programs_of(program, modules, options)
 
 
 def disable(pipe_or_module: Any) -> None:
@@ -178,8 +207,7 @@ def _repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
 def _compile_in_place(
     module: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
 ) -> None:
-    """Let calls of ``module`` run compiled; ``enabled`` learns how to undo it."""
-    before = module._compiled_call_impl
+    """Let calls of ``module`` run compiled."""
     compiled = torch.compile(module._call_impl, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     session = enabled.session
 
@@ -195,6 +223,30 @@ def _compile_in_place(
             )
         return result
 
+    _replace_call(module, call, enabled)
+
+
+def _run_in_place(module: nn.Module, label: str, program: TransformedProgram, enabled: Enabled) -> None:
+    """Let calls of ``module`` run a transformed program."""
+    from svg2_compile.export.in_pipeline import call_through
+
+    session = enabled.session
+    run = call_through(module, program, session)
+    # The module is held weakly: what it is called through must not keep it alive.
+    reference = weakref.ref(module)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        alive = reference()
+        assert alive is not None  # it is being called
+        with session.scope.running(alive, label):
+            return run(*args, **kwargs)
+
+    _replace_call(module, call, enabled)
+
+
+def _replace_call(module: nn.Module, call: Callable[..., Any], enabled: Enabled) -> None:
+    """Let calls of ``module`` go to ``call``; ``enabled`` learns how to undo it."""
+    before = module._compiled_call_impl
     module._compiled_call_impl = call
     reference = weakref.ref(module)
     enabled._modules.append(reference)
@@ -220,9 +272,12 @@ def _sessions_of(target: Any) -> list[Session]:
     enabled = _enabled_of(target)
     if enabled is not None:
         return [enabled.session]
+    if isinstance(getattr(target, "session", None), Session):
+        return [target.session]  # a transformed program
     if not isinstance(target, nn.Module):
         raise TypeError(
-            f"target: expected an enabled pipeline, a module, or None; got {type(target).__name__}, not enabled"
+            f"target: expected an enabled pipeline, a module, a transformed program, or None; got "
+            f"{type(target).__name__}, not enabled"
         )
     return [session for session in sessions() if _serves(session, target)]
 

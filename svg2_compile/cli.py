@@ -21,6 +21,11 @@ presets_app = typer.Typer(help="Settings for known models.", no_args_is_help=Tru
 app.add_typer(presets_app, name="presets")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", "--option", help="NAME=VALUE of an svg2 option, such as top_p=0.8; repeatable."),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
 
 
 @app.command()
@@ -61,9 +66,11 @@ def inspect(
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="NAME=SHAPE:DTYPE or NAME=NUMBER, such as fps=24; repeatable.")
     ] = None,
-    options: Annotated[
-        list[str] | None, typer.Option("--option", help="NAME=VALUE of an svg2 option, such as top_p=0.8; repeatable.")
+    options: Options = None,
+    graph: Annotated[
+        Path | None, typer.Option(help="FILE.svg or FILE.dot: draw a rewritten attention of a transformed program.")
     ] = None,
+    site: Annotated[int, typer.Option(min=0, help="Which of the sparse attentions to draw.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Videos in one call.")] = 1,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the latent video.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Height of the latent video.")] = None,
@@ -72,12 +79,24 @@ def inspect(
     dtype: Annotated[str, typer.Option(help="Of weights and inputs.")] = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
-    """Show which attentions of a model would become sparse. Needs neither weights nor memory for them."""
+    """Show which attentions of a model would become sparse, or what a transformed program does.
+
+    Needs neither weights nor memory for them.
+    """
     from svg2_compile import inspect_model as loader
     from svg2_compile.example_inputs import VideoShape
+    from svg2_compile.export.archive import is_archive
 
     try:
-        chosen = _pairs("--option", options)
+        chosen = _pairs("--set", options)
+        if is_archive(Path(model)):
+            from svg2_compile.export.commands import inspect_command
+
+            facts = inspect_command(Path(model), graph, site)
+            _show(facts, facts.to_dict(), as_json)
+            return
+        if graph is not None:
+            raise ValueError("--graph draws what was rewritten. Valid: a file of svg2 transform.")
         if model.endswith(".pt2"):
             report = loader.inspect_exported(Path(model), chosen)
         else:
@@ -92,6 +111,71 @@ def inspect(
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
         typer.echo(report.render(min(Console().width, 100)))
+
+
+@app.command()
+def transform(
+    model: Annotated[Path, typer.Argument(help="A file of torch.export.save, which may unpickle: one that you trust.")],
+    output: Output,
+    preset: Annotated[str | None, typer.Option(help="Settings for a known model (svg2 presets list).")] = None,
+    options: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite an exported program; the result is loaded with svg2_compile.load."""
+    from svg2_compile.export.commands import transform_command
+
+    try:
+        chosen = _pairs("--set", options) | ({"preset": preset} if preset else {})
+        facts = transform_command(model, output, chosen)
+    except (TypeError, ValueError) as error:
+        _fail(error)
+    _show(facts, facts.to_dict(), as_json)
+
+
+@app.command()
+def package(
+    model: Annotated[Path, typer.Argument(help="A file of svg2 transform.")], output: Output, as_json: AsJson = False
+) -> None:
+    """Compile a transformed program ahead of time with AOTInductor (experimental); svg2_compile.load reads it."""
+    from svg2_compile.export.commands import package_command
+
+    try:
+        facts = package_command(model, output)
+    except (TypeError, ValueError) as error:
+        _fail(error)
+    _show(facts, facts.to_dict(), as_json)
+
+
+@app.command()
+def tune(
+    preset: Annotated[str | None, typer.Option(help="Model whose attention is tuned; see `svg2 presets list`.")] = None,
+    budget: Annotated[str, typer.Option(help="Time to spend: 120s, 2m, 1h.")] = "120s",
+    export: Annotated[Path | None, typer.Option(help="Write this device's results to FILE; tunes nothing.")] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="Take over results from FILE; tunes nothing.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the fastest kernel configurations on this machine. Resumes where an earlier search stopped."""
+    from svg2_compile import tune_command
+
+    if sum(given is not None for given in (preset, export, import_)) > 1:
+        raise typer.BadParameter("--preset, --export and --import exclude each other", param_hint="OPTIONS")
+    try:
+        if export is not None:
+            table = tune_command.export_table(export)
+            typer.echo(f"{len(table.measurements)} results of {table.device} written to {export}")
+        elif import_ is not None:
+            table = tune_command.import_table(import_)
+            typer.echo(f"{len(table.measurements)} results of {table.device} taken over")
+        else:
+            console = Console(stderr=as_json)
+            seconds = tune_command.parse_budget(budget)
+            outcomes = tune_command.run_tune(preset or tune_command.DEFAULT_PRESET, seconds, console)
+            if as_json:
+                typer.echo(json.dumps([tune_command.as_dict(outcome) for outcome in outcomes], indent=2))
+    except (OSError, ValueError) as error:
+        _fail(error)
 
 
 @presets_app.command("list")

@@ -86,23 +86,20 @@ def inspect_exported(path: Path, options: Mapping[str, Any] | None = None) -> Re
         InspectError: the file is missing or is no exported program.
         ConfigError: an option is not valid.
     """
-    from svg2_compile.backend import device_of
-    from svg2_compile.passes.graph_builder import copy_graph_module
-    from svg2_compile.pipeline import ANALYSES, Compilation, run_passes
+    from svg2_compile.export.commands import read_exported
+    from svg2_compile.export.errors import ExportError
+    from svg2_compile.export.transform import run_on_program
+    from svg2_compile.pipeline import ANALYSES
     from svg2_compile.reports import GraphReport, describe
 
     config = Svg2Config.from_options(options)
-    if not path.is_file():
-        raise InspectError(f"MODEL: there is no file {path}.")
     try:
-        program = torch.export.load(path)
-    except Exception as error:
-        raise InspectError(f"MODEL: {path} is not an exported program of this PyTorch: {error}") from error
-    module = program.module()
-    assert isinstance(module, torch.fx.GraphModule)
-    compilation = run_passes(Compilation(copy_graph_module(module), config, device_of(module)), ANALYSES)
-    graph = GraphReport(path.name, bool(compilation.regional), compilation.time_kind, dict(compilation.pass_seconds))
-    return Report(sites=describe(compilation.decisions), graphs=[graph])
+        program = read_exported(path)
+    except ExportError as error:
+        raise InspectError(str(error)) from error
+    c = run_on_program(program, config, ANALYSES)
+    graph = GraphReport(path.name, bool(c.regional), c.time_kind, dict(c.pass_seconds))
+    return Report(sites=describe(c.decisions), graphs=[graph])
 
 
 def parse_input(name: str, text: str) -> Any:

@@ -108,7 +108,7 @@ class Report:
         """The report as text, at most ``width`` columns wide. Repeated layers share a row."""
         console = Console(file=io.StringIO(), width=width, color_system=None)
         console.print(self.table())
-        for line in self._footer():
+        for line in self.footer():
             console.print(line, soft_wrap=False, highlight=False)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()
@@ -133,7 +133,8 @@ class Report:
             )
         return table
 
-    def _footer(self) -> list[str]:
+    def footer(self) -> list[str]:
+        """What the table does not show: reasons in words, graph breaks, notes, what ran."""
         lines = []
         dense = {site.reason: site.detail for site in self.sites if site.decision == "dense" and site.detail}
         lines += [f"{reason}: {detail}" for reason, detail in dense.items()]

@@ -17,7 +17,7 @@ from svg2_compile.export.transformed import TransformedProgram, check_transforme
 
 __all__ = ["load", "save"]
 
-_DENSE, _SPARSE = "graphs/dense.json", "graphs/sparse.json"
+DENSE_ENTRY, SPARSE_ENTRY = "graphs/dense.json", "graphs/sparse.json"
 
 
 def save(program: TransformedProgram, path: str | os.PathLike[str]) -> None:
@@ -69,9 +69,9 @@ def load(path: str | os.PathLike[str], **options: Any) -> TransformedProgram:
 
 def write_program(writer: ArchiveWriter, program: TransformedProgram) -> dict[str, Any]:
     """Write graphs and weights; returns what the manifest says of them."""
-    writer.add(_DENSE, graph_to_json(program.dense))
+    writer.add(DENSE_ENTRY, graph_to_json(program.dense))
     if program.sparse is not None:
-        writer.add(_SPARSE, graph_to_json(program.sparse))
+        writer.add(SPARSE_ENTRY, graph_to_json(program.sparse))
     stored = StoredTensors({"state": program.dense.state_dict, "constants": program.dense.constants})
     for name, data in stored.entries():
         writer.add(name, data, compress=False)
@@ -85,8 +85,8 @@ def _read_graphs(reader: ArchiveReader) -> tuple[ExportedProgram, ExportedProgra
         state, constants = tensors["state"], tensors["constants"]
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise FileDamaged(f"file: its list of tensors is incomplete: {type(error).__name__}: {error}") from error
-    dense = _read_graph(reader, _DENSE, state, constants)
-    sparse = _read_graph(reader, _SPARSE, state, constants) if _SPARSE in reader.manifest["entries"] else None
+    dense = _read_graph(reader, DENSE_ENTRY, state, constants)
+    sparse = _read_graph(reader, SPARSE_ENTRY, state, constants) if SPARSE_ENTRY in reader.manifest["entries"] else None
     return dense, sparse
 
 

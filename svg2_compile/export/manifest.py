@@ -17,7 +17,7 @@ from svg2_compile.export.transformed import TimeSource, TransformedProgram
 from svg2_compile.passes.hoist_centroids import StateSlot, StateSpec
 from svg2_compile.reports import GraphReport, SiteReport
 
-__all__ = ["FORMAT_VERSION", "check_manifest", "describe_program", "read_facts"]
+__all__ = ["FORMAT_VERSION", "check_manifest", "describe_program", "read_facts", "read_facts_of_manifest"]
 
 FORMAT = "svg2_compile program"
 # Raised when older readers would misread a file. Files of every older version are read.
@@ -78,13 +78,21 @@ def read_facts(manifest: Mapping[str, Any], sparse: ExportedProgram | None) -> d
     Raises:
         ExportError: the manifest lacks something, or the state specification is not that of the graph.
     """
+    facts = read_facts_of_manifest(manifest)
+    spec = facts["spec"]
+    if (spec is None) != (sparse is None):
+        raise FileDamaged("file: it has a state specification without a sparse graph, or the reverse.")
+    return {**facts, "spec": None if sparse is None else _checked_spec(spec, sparse)}
+
+
+def read_facts_of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """As :func:`read_facts`, without comparing the state specification with the graph."""
     try:
         config = Svg2Config.from_options({k: v for k, v in manifest["config"].items() if k != "preset"})
-        config = config.replace(preset=manifest["config"]["preset"])
-        spec = None if manifest["state"] is None else _read_spec(manifest["state"])
-        facts = {
+        return {
             "name": str(manifest["name"]),
-            "config": config,
+            "config": config.replace(preset=manifest["config"]["preset"]),
+            "spec": None if manifest["state"] is None else _read_spec(manifest["state"]),
             "sites": [SiteReport(**site) for site in manifest["sites"]],
             "time": TimeSource(manifest["time"]["kind"], tuple(manifest["time"]["inputs"])),
             "graph_report": GraphReport(**manifest["graph_report"]),
@@ -94,11 +102,6 @@ def read_facts(manifest: Mapping[str, Any], sparse: ExportedProgram | None) -> d
         raise ExportError(f"file: its configuration is not valid here: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileDamaged(f"file: its manifest is incomplete: {type(error).__name__}: {error}") from error
-    if (spec is None) != (sparse is None):
-        raise FileDamaged("file: it has a state specification without a sparse graph, or the reverse.")
-    if spec is not None and sparse is not None:
-        facts["spec"] = _checked_spec(spec, sparse)
-    return {"spec": None, **facts}
 
 
 def _describe_spec(spec: StateSpec) -> dict[str, Any]:

@@ -27,14 +27,21 @@ from torch.utils._sympy import functions as torch_functions
 from svg2_compile.export.errors import ExportError
 
 try:
-    from torch._export.serde.serialize import _SYM_OPS, SerializedArtifact, deserialize, serialize
+    from torch._export.serde.schema import ScalarType
+    from torch._export.serde.serialize import (
+        _SERIALIZE_TO_TORCH_DTYPE,
+        _SYM_OPS,
+        SerializedArtifact,
+        deserialize,
+        serialize,
+    )
 except ImportError as problem:  # pragma: no cover - a PyTorch that moved it
     raise ImportError(
         f"svg2_compile saves graphs with PyTorch's serialiser, which PyTorch {torch.__version__} does not have in "
         "torch._export.serde.serialize. Tested: 2.11 and 2.13."
     ) from problem
 
-__all__ = ["expression_from_text", "graph_from_json", "graph_to_json"]
+__all__ = ["expression_from_text", "graph_from_json", "graph_to_json", "shape_text"]
 
 # What describes where a node came from in the user's code; the module path alone is kept.
 _KEPT_METADATA = frozenset({"nn_module_stack"})
@@ -89,6 +96,16 @@ def graph_from_json(data: bytes, state: Mapping[str, Any], constants: Mapping[st
             f"file: PyTorch {torch.__version__} cannot read its graph, saved with PyTorch "
             f"{content.get('torch_version')}: {type(error).__name__}: {error}"
         ) from error
+
+
+def shape_text(meta: Mapping[str, Any]) -> str:
+    """The dtype and shape of a value as the schema notes it: "float32 [1, 2, s0]"."""
+    dtype = _SERIALIZE_TO_TORCH_DTYPE.get(ScalarType(meta["dtype"]))
+    sizes = [
+        str(expression_from_text(s["as_expr"]["expr_str"])) if "as_expr" in s else str(s["as_int"])
+        for s in meta["sizes"]
+    ]
+    return f"{str(dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
 
 
 def _without_data(value: Any) -> Any:

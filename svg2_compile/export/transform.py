@@ -30,10 +30,10 @@ from svg2_compile.export.transformed import TimeSource, TransformedProgram
 from svg2_compile.passes.fx_utils import bind_arguments, module_path
 from svg2_compile.passes.graph_builder import copy_graph_module
 from svg2_compile.passes.hoist_centroids import StateSpec
-from svg2_compile.pipeline import Compilation, run_passes
+from svg2_compile.pipeline import PIPELINE, Compilation, Pass, run_passes
 from svg2_compile.reports import GraphReport, describe
 
-__all__ = ["transform"]
+__all__ = ["run_on_program", "transform"]
 
 log = get_logger()
 
@@ -54,16 +54,16 @@ def transform(exported_program: ExportedProgram, **options: Any) -> TransformedP
         ConfigError: an option is unknown or out of range.
         ExportError: the program has no attention, is for training, or has been rewritten before.
     """
-    config = Svg2Config.from_options(options)
     if isinstance(exported_program, TransformedProgram):
-        return _transformed_already(exported_program, config, options)
+        return _transformed_already(exported_program, options)
     if not isinstance(exported_program, ExportedProgram):
         raise TypeError(
             f"exported_program: expected a torch.export.ExportedProgram, got {type(exported_program).__name__}. "
             "torch.export.export(model, args, kwargs) makes one of a module."
         )
+    config = Svg2Config.from_options(options)
     _check_program(exported_program)
-    c = _run_passes(exported_program, config)
+    c = run_on_program(exported_program, config)
     if not c.calls and not c.unreadable:
         raise ExportError(
             f"exported_program: no attention among its {len(c.gm.graph.nodes)} operations. Valid: a program that "
@@ -77,27 +77,33 @@ def transform(exported_program: ExportedProgram, **options: Any) -> TransformedP
     )
     names = {leaf.node: leaf.name for leaf in transformed.signature.leaves}
     transformed.time = TimeSource(c.time_kind, tuple(names[found.name] for found in c.time_inputs))
+    if sparse is None:
+        reasons = {site.reason: site.detail for site in transformed.sites}
+        log.warning("%r: %s", transformed, "; ".join(f"{reason} ({detail})" for reason, detail in reasons.items()))
     return transformed
 
 
-def _transformed_already(
-    program: TransformedProgram, config: Svg2Config, options: Mapping[str, Any]
-) -> TransformedProgram:
-    if options and config != program.config:
-        given = {name: value for name, value in config.to_dict().items() if value != program.config.to_dict()[name]}
+def _transformed_already(program: TransformedProgram, options: Mapping[str, Any]) -> TransformedProgram:
+    wanted = Svg2Config.from_options(options) if "preset" in options else program.config.replace(**options)
+    if wanted != program.config:
+        before, after = program.config.to_dict(), wanted.to_dict()
+        changes = ", ".join(
+            f"{name}={before[name]!r} -> {after[name]!r}" for name in before if before[name] != after[name]
+        )
         raise ExportError(
-            f"exported_program: is transformed already, with other options than {given}. Valid: "
+            f"exported_program: is transformed already, with other options ({changes}). Valid: the same options; or "
             "svg2_compile.transform(program.dense, ...), the program as it was before."
         )
     log.warning("%r is transformed already: nothing to do", program)
     return program
 
 
-def _run_passes(program: ExportedProgram, config: Svg2Config) -> Compilation:
+def run_on_program(program: ExportedProgram, config: Svg2Config, passes: tuple[Pass, ...] = PIPELINE) -> Compilation:
+    """Run passes on a copy of a program's graph, weights shared."""
     gm = copy_graph_module(program.graph_module)
     weights = frozenset(name for name, spec in _inputs(program) if spec.kind != InputKind.USER_INPUT)
     name = next((path for path in map(_class_name, program.graph.nodes) if path), "program")
-    return run_passes(Compilation(gm, config, device_of(gm), name=name, parameters=weights))
+    return run_passes(Compilation(gm, config, device_of(gm), name=name, parameters=weights), passes)
 
 
 def _class_name(node: fx.Node) -> str:
