@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -13,7 +15,15 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from svg2_compile.passes.fake_values import node_value
 
-__all__ = ["SizeEmitter", "bind_arguments", "module_path", "operator_name", "shape_of", "users_of"]
+__all__ = [
+    "SizeEmitter",
+    "bind_arguments",
+    "module_path",
+    "operator_name",
+    "shape_of",
+    "solve_for_symbol",
+    "users_of",
+]
 
 
 def operator_name(node: fx.Node) -> str:
@@ -65,6 +75,21 @@ def module_path(node: fx.Node) -> str:
     return ".".join(parts) or node.name
 
 
+def solve_for_symbol(extent: sympy.Expr) -> tuple[sympy.Symbol, int, int] | None:
+    """``(symbol, factor, offset)`` of an extent ``factor * symbol + offset``; None if it is something else.
+
+    A dimension that torch.export was told to be ``2 * n`` has the extent 2*s0, and no other value may have the size s0.
+    """
+    if len(extent.free_symbols) != 1:
+        return None
+    (symbol,) = extent.free_symbols
+    factor = extent.coeff(symbol, 1)
+    offset = extent - factor * symbol
+    if not (factor.is_Integer and offset.is_Integer and factor > 0):
+        return None
+    return symbol, int(factor), int(offset)
+
+
 class SizeEmitter:
     """Turns token counts (ints, or sympy expressions over the sizes of a graph's values) into graph arguments.
 
@@ -74,7 +99,9 @@ class SizeEmitter:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
+        # Where a symbol is read, and how it is computed from what is read there.
         self._symbols: dict[sympy.Symbol, tuple[fx.Node, int | None]] = {}
+        self._linear: dict[sympy.Symbol, tuple[fx.Node, int, int, int]] = {}
         for node in graph.nodes:
             self._learn(node)
 
@@ -106,18 +133,28 @@ class SizeEmitter:
             self._symbols.setdefault(value.node.expr, (node, None))
         elif isinstance(value, torch.Tensor):
             for dim, extent in enumerate(value.shape):
-                if isinstance(extent, torch.SymInt) and isinstance(extent.node.expr, sympy.Symbol):
+                if not isinstance(extent, torch.SymInt):
+                    continue
+                if isinstance(extent.node.expr, sympy.Symbol):
                     self._symbols.setdefault(extent.node.expr, (node, dim))
+                elif (solved := solve_for_symbol(extent.node.expr)) is not None:
+                    symbol, factor, offset = solved
+                    self._linear.setdefault(symbol, (node, dim, factor, offset))
 
     def _symbol_node(self, symbol: sympy.Symbol) -> fx.Node:
-        if symbol not in self._symbols:
+        if symbol in self._symbols:
+            node, dim = self._symbols[symbol]
+            return node if dim is None else self._call(torch.ops.aten.sym_size.int, node, dim)
+        if symbol not in self._linear:
             raise ValueError(f"no value of the graph has the size {symbol}")
-        node, dim = self._symbols[symbol]
-        if dim is None:
-            return node
-        read = self._graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-        self._evaluate(read)
-        return read
+        node, dim, factor, offset = self._linear[symbol]
+        size = self._call(torch.ops.aten.sym_size.int, node, dim)
+        return self._call(operator.floordiv, self._call(operator.sub, size, offset), factor)
+
+    def _call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        node = self._graph.call_function(target, args)
+        self._evaluate(node)
+        return node
 
     def _annotate(self, known: set[fx.Node]) -> None:
         for node in self._graph.nodes:

@@ -15,6 +15,7 @@ from torch._guards import TracingContext, tracing
 
 from svg2_compile.history import CallRecord, qualified
 from svg2_compile.layers import LayerTable
+from svg2_compile.passes.fx_utils import solve_for_symbol
 from svg2_compile.passes.graph_builder import metadata_key
 from svg2_compile.passes.hoist_centroids import StateSpec
 from svg2_compile.reports import GraphReport, SiteReport
@@ -74,7 +75,8 @@ class SymbolBinder:
     """Evaluates the sympy shapes of a graph's state for the inputs of one call."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self._where: dict[sympy.Symbol, tuple[int, int | None]] = {}
+        # Symbol -> position of an input, axis of it (None: the input is a number), and factor and offset of its extent.
+        self._where: dict[sympy.Symbol, tuple[int, int | None, int, int]] = {}
         key = metadata_key(gm.graph)
         for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             value = node.meta.get(key)
@@ -86,9 +88,10 @@ class SymbolBinder:
                         self._bind(extent, position, dim)
 
     def _bind(self, value: torch.SymInt, position: int, dim: int | None) -> None:
-        expr = value.node.expr
-        if isinstance(expr, sympy.Symbol):
-            self._where.setdefault(expr, (position, dim))
+        solved = solve_for_symbol(value.node.expr)
+        if solved is not None:
+            symbol, factor, offset = solved
+            self._where.setdefault(symbol, (position, dim, factor, offset))
 
     def values(self, args: Sequence[Any]) -> dict[sympy.Symbol, sympy.Integer]:
         """Every symbol of the inputs with its value in ``args``."""
@@ -104,8 +107,9 @@ class SymbolBinder:
         return tuple(tuple(_evaluate(extent, values) for extent in shape) for shape in shapes)
 
     def _read(self, symbol: sympy.Symbol, args: Sequence[Any]) -> int:
-        position, dim = self._where[symbol]
-        return int(args[position] if dim is None else args[position].shape[dim])
+        position, dim, factor, offset = self._where[symbol]
+        extent = int(args[position] if dim is None else args[position].shape[dim])
+        return (extent - offset) // factor
 
 
 def _evaluate(extent: Any, values: dict[sympy.Symbol, sympy.Integer]) -> int:

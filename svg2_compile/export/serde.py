@@ -25,6 +25,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions as torch_functions
 
 from svg2_compile.export.errors import ExportError
+from svg2_compile.passes.fake_values import fake_mode_of
+from svg2_compile.passes.fx_utils import solve_for_symbol
 
 try:
     from torch._export.serde.schema import ScalarType
@@ -90,12 +92,29 @@ def graph_from_json(data: bytes, state: Mapping[str, Any], constants: Mapping[st
     _check(content)
     artifact = SerializedArtifact(data, dict(state), dict(constants), b"")  # type: ignore[arg-type]
     try:
-        return deserialize(artifact)
+        program = deserialize(artifact)
     except Exception as error:
         raise ExportError(
             f"file: PyTorch {torch.__version__} cannot read its graph, saved with PyTorch "
             f"{content.get('torch_version')}: {type(error).__name__}: {error}"
         ) from error
+    _repair_hints(program)
+    return program
+
+
+def _repair_hints(program: ExportedProgram) -> None:
+    """PyTorch notes example sizes of whole expressions in reading, where compilers expect those of symbols."""
+    shape_env = fake_mode_of(program.graph_module).shape_env
+    if shape_env is None:
+        return
+    # Named var_to_val before torch 2.13.
+    known = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+    for expression in [key for key in known if not isinstance(key, sympy.Symbol)]:
+        value = known.pop(expression)
+        solved = solve_for_symbol(expression)
+        if solved is not None:
+            symbol, factor, offset = solved
+            known.setdefault(symbol, (value - offset) // factor)
 
 
 def shape_text(meta: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from svg2_compile.export.conditions import read_conditions
 from svg2_compile.export.errors import ExportError
+from svg2_compile.passes.fx_utils import solve_for_symbol
 
 __all__ = ["CallSignature", "Leaf"]
 
@@ -208,16 +209,19 @@ def _check_size(
             raise ExportError(f"{leaf.name}: {what} is {size}. Valid: {wanted} (fixed at export).")
         return
     expression = wanted.node.expr
-    if isinstance(expression, sympy.Symbol) and expression not in sizes:
-        allowed = ranges.get(expression)
-        if allowed is not None and not (allowed.lower <= size <= allowed.upper):
-            raise ExportError(f"{leaf.name}: {what} is {size}. Valid: {allowed.lower} to {allowed.upper}.")
-        sizes[expression] = size
-        return
-    if expression.free_symbols <= set(sizes):
-        known = expression.xreplace({symbol: sympy.Integer(number) for symbol, number in sizes.items()})
-        if known != size:
-            raise ExportError(f"{leaf.name}: {what} is {size}. Valid: {known}, which is {expression} of this call.")
+    if not expression.free_symbols <= set(sizes):
+        solved = solve_for_symbol(expression)
+        if solved is None:
+            return  # a relation between several symbols: the program itself looks at it
+        symbol, factor, offset = solved
+        sizes[symbol] = (size - offset) // factor
+        allowed = ranges.get(symbol)
+        if allowed is not None and not (allowed.lower <= sizes[symbol] <= allowed.upper):
+            lower, upper = (expression.xreplace({symbol: end}) for end in (allowed.lower, allowed.upper))
+            raise ExportError(f"{leaf.name}: {what} is {size}. Valid: {lower} to {upper}.")
+    known = expression.xreplace({symbol: sympy.Integer(number) for symbol, number in sizes.items()})
+    if known != size:
+        raise ExportError(f"{leaf.name}: {what} is {size}. Valid: {known}, which is {expression} of this call.")
 
 
 def _same_device(value: torch.Tensor, expected: torch.Tensor) -> bool:

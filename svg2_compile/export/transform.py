@@ -27,6 +27,7 @@ from svg2_compile.config import Svg2Config
 from svg2_compile.debug import get_logger
 from svg2_compile.export.errors import ExportError
 from svg2_compile.export.transformed import TimeSource, TransformedProgram
+from svg2_compile.passes.find_attention import find_attention
 from svg2_compile.passes.fx_utils import bind_arguments, module_path
 from svg2_compile.passes.graph_builder import copy_graph_module
 from svg2_compile.passes.hoist_centroids import StateSpec
@@ -36,6 +37,9 @@ from svg2_compile.reports import GraphReport, describe
 __all__ = ["run_on_program", "transform"]
 
 log = get_logger()
+
+# Regions that run_decompositions({}) dissolves; it leaves everything else as it is.
+_REGIONS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
 
 
 def transform(exported_program: ExportedProgram, **options: Any) -> TransformedProgram:
@@ -63,13 +67,13 @@ def transform(exported_program: ExportedProgram, **options: Any) -> TransformedP
         )
     config = Svg2Config.from_options(options)
     _check_program(exported_program)
-    c = run_on_program(exported_program, config)
+    dense = _opened(exported_program)
+    c = run_on_program(dense, config)
     if not c.calls and not c.unreadable:
         raise ExportError(
             f"exported_program: no attention among its {len(c.gm.graph.nodes)} operations. Valid: a program that "
             "computes scaled_dot_product_attention, or softmax(q @ k) @ v, at the top level of its graph."
         )
-    dense = exported_program
     sparse = _rewritten(dense, c.gm, c.spec) if c.spec is not None else None
     transformed = TransformedProgram(
         *(c.name, dense, sparse, c.spec, config, describe(c.decisions), TimeSource("none", ())),
@@ -106,13 +110,29 @@ def run_on_program(program: ExportedProgram, config: Svg2Config, passes: tuple[P
     return run_passes(Compilation(gm, config, device_of(gm), name=name, parameters=weights), passes)
 
 
+def _opened(program: ExportedProgram) -> ExportedProgram:
+    """The program without the regions that ``torch.no_grad`` and ``torch.autocast`` wrap around attention."""
+    wrapped = set()
+    for node in program.graph.nodes:
+        for source in node.all_input_nodes if isinstance(node.target, torch._ops.HigherOrderOperator) else ():
+            region = getattr(program.graph_module, str(source.target), None) if source.op == "get_attr" else None
+            if isinstance(region, fx.GraphModule) and any(find_attention(region)):
+                wrapped.add(str(node.target))
+    if wrapped & _REGIONS:
+        program = program.run_decompositions({})
+    for kind in wrapped - _REGIONS:
+        log.warning("attention inside of %s stays dense: only the top level of a graph is rewritten", kind)
+    return program
+
+
 def _class_name(node: fx.Node) -> str:
     """The class of the exported module, from the first node that was traced in it."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack or not isinstance(stack[0], tuple):
         return ""
     kind = stack[0][1]
-    return (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
+    name = (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
+    return "" if name.startswith("_") else name
 
 
 def _inputs(program: ExportedProgram) -> Iterator[tuple[str, InputSpec]]:

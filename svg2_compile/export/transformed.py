@@ -45,7 +45,7 @@ class TransformedProgram:
     goes back begins a new video, and so does :meth:`reset`. Calls compute no gradients.
 
     Attributes:
-        dense: the exported program as it was given.
+        dense: the exported program as it was given (regions of no_grad or autocast around attention are dissolved).
         sparse: the rewritten program: flat inputs, then centroids, ``seeded`` and ``iters``; flat outputs, then new
             centroids and densities. None if no attention became sparse.
         spec: how ``sparse`` is called, weights not counted; None with ``sparse``.
