@@ -30,9 +30,11 @@ __all__ = [
     "TuningKey",
     "cache_dir",
     "engine_of",
+    "load_table",
     "load_tables",
     "merge",
     "read_table",
+    "write_table",
 ]
 
 _log = logging.getLogger("svg2_compile.kernels")
@@ -162,7 +164,7 @@ def load_tables(device_name: str) -> tuple[Table, ...]:
 
 
 def load_table(device_name: str, folder: Path) -> Table | None:
-    """The table in ``folder`` for a device and the installed engine; one that cannot be read is reported and ignored."""
+    """The table in ``folder`` for a device and the installed engine; an unreadable one is reported and ignored."""
     engine = engine_of(device_name)
     path = folder / table_name(device_name, engine)
     if not path.exists():
@@ -186,10 +188,15 @@ def merge(table: Table, folder: Path | None = None) -> Path:
     with FileLock(path.with_suffix(".lock")):
         known = _stored(path)
         measurements = {**(known.measurements if known else {}), **table.measurements}
-        with _replacing(path) as file:
-            json.dump(Table(table.device, table.engine, measurements).to_json(), file, indent=1)
-            file.write("\n")
+        write_table(path, Table(table.device, table.engine, measurements))
     return path
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write a table in one step: whoever reads ``path`` sees the old file or the new one, whole."""
+    with _replacing(path) as file:
+        json.dump(table.to_json(), file, indent=1)
+        file.write("\n")
 
 
 def _stored(path: Path) -> Table | None:

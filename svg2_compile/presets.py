@@ -17,11 +17,20 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DEFAULT_VARIANT", "VARIANTS", "Preset", "load_preset", "load_presets"]
+__all__ = ["DEFAULT_VARIANT", "VARIANTS", "AttentionShape", "Preset", "load_preset", "load_presets"]
 
 VARIANTS = ("quality", "balanced", "turbo")
 DEFAULT_VARIANT = "balanced"
 STATUSES = ("published", "untested")
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The self-attention of a model at its usual size: video tokens, heads, head_dim."""
+
+    tokens: int
+    heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Preset:
 
     name: "model:variant". status: "published" (somebody measured and published these settings for this model) or
     "untested" (carried over from another model). source: where the settings come from. settings: option -> value.
+    shape: of the model's attention, for tuning.
     """
 
     name: str
@@ -39,6 +49,7 @@ class Preset:
     status: str
     source: str
     settings: Mapping[str, Any]
+    shape: AttentionShape
 
 
 @functools.cache
@@ -87,4 +98,5 @@ def _read(model: str, variant: str, table: Mapping[str, Any], base: Mapping[str,
         parse_value(key, value)
     if status not in STATUSES:
         raise ConfigError(f"presets.toml: {model}:{variant} has status={status!r}. Valid: {', '.join(STATUSES)}.")
-    return Preset(f"{model}:{variant}", model, variant, table["description"], status, source, settings)
+    shape = AttentionShape(table["tokens"], table["heads"], table["head_dim"])
+    return Preset(f"{model}:{variant}", model, variant, table["description"], status, source, settings, shape)

@@ -26,3 +26,11 @@ def _fresh_dynamo() -> Iterator[None]:
     """Dynamo's caches are per process: without this, recompile limits of one test would reach the next."""
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_tuning_of_this_machine(tmp_path_factory):
+    """Tests run with default tile sizes, whatever was tuned here."""
+    os.environ["SVG2_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["SVG2_CACHE_DIR"]

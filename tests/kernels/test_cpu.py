@@ -53,7 +53,9 @@ def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def check_attention(problem: Problem, compensation: bool) -> None:
     expected = exact_and_eager(problem, compensation)
     check_against(problem, compensation, *expected)
-    with override("cpu_attention", {**LIMITS, "MIN_IDLE_PAIRS": -1}):  # keys cut into parts wherever it is possible at all
+    with override(
+        "cpu_attention", {**LIMITS, "MIN_IDLE_PAIRS": -1}
+    ):  # keys cut into parts wherever it is possible at all
         check_against(problem, compensation, *expected)
 
 
@@ -125,7 +127,7 @@ def test_attention_does_not_depend_on_the_number_of_threads(threads: int) -> Non
 
 def test_key_parts_never_waste_a_thread_nor_cut_too_small() -> None:
     assert key_parts(num_rows=100, num_keys=4000, num_threads=2, limits=LIMITS) == 2
-    assert key_parts(num_rows=256, num_keys=4000, num_threads=2, limits=LIMITS) == 1  # four units of 64 rows: even as it is
+    assert key_parts(num_rows=256, num_keys=4000, num_threads=2, limits=LIMITS) == 1  # 4 x 64 rows
     assert key_parts(num_rows=100, num_keys=200, num_threads=2, limits=LIMITS) == 1
     assert key_parts(num_rows=100, num_keys=4000, num_threads=1, limits=LIMITS) <= 1
 
