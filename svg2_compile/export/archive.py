@@ -78,8 +78,8 @@ class ArchiveWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
+            self._zip.close()
             if kind is None:
-                self._zip.close()
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()

@@ -80,21 +80,15 @@ def write_program(writer: ArchiveWriter, program: TransformedProgram) -> dict[st
 
 def _read_graphs(reader: ArchiveReader) -> tuple[ExportedProgram, ExportedProgram | None]:
     """The dense and the sparse program of a file, on one set of weights."""
+    # All bytes are read, and so verified, before anything is made of them.
+    graphs = {name: reader.read(name) for name in (DENSE_ENTRY, SPARSE_ENTRY) if name in reader.manifest["entries"]}
     try:
         tensors = restore_tensors(reader.manifest["tensors"], reader.size, reader.read_into)
         state, constants = tensors["state"], tensors["constants"]
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise FileDamaged(f"file: its list of tensors is incomplete: {type(error).__name__}: {error}") from error
-    dense = _read_graph(reader, DENSE_ENTRY, state, constants)
-    sparse = _read_graph(reader, SPARSE_ENTRY, state, constants) if SPARSE_ENTRY in reader.manifest["entries"] else None
-    return dense, sparse
-
-
-def _read_graph(reader: ArchiveReader, name: str, state: dict[str, Any], constants: dict[str, Any]) -> ExportedProgram:
-    data = reader.read(name)
-    try:
-        return graph_from_json(data, state, constants)
+        dense = graph_from_json(graphs[DENSE_ENTRY], state, constants)
+        sparse = graph_from_json(graphs[SPARSE_ENTRY], state, constants) if SPARSE_ENTRY in graphs else None
     except ExportError:
         raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise FileDamaged(f"file: {name} is no graph: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        raise FileDamaged(f"file: it is incomplete: {type(error).__name__}: {error}") from error
+    return dense, sparse

@@ -225,8 +225,6 @@ def _is_mathematical(name: str) -> bool:
     if name.startswith("_"):
         return False
     found = getattr(torch_functions, name, None) or getattr(sympy, name, None)
-    if found is None:
-        return name.isalnum()  # a symbol
     return isinstance(found, sympy.Basic) or (inspect.isclass(found) and issubclass(found, sympy.Basic))
 
 

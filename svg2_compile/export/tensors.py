@@ -17,6 +17,8 @@ __all__ = ["StoredTensors", "restore_tensors"]
 class StoredTensors:
     """The layout of named tensors in storages.
 
+    Of a storage the part is kept that its tensors reach: a weight may be a slice of something much larger.
+
     Args:
         groups: group name -> tensor name -> tensor. Tensors on one storage, in whatever group, share its bytes.
 
@@ -28,39 +30,54 @@ class StoredTensors:
     """
 
     def __init__(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._storages: dict[tuple[Any, int], Tensor] = {}
-        self._names: dict[tuple[Any, int], str] = {}
-        shared = _storages_of_several(tensor for group in groups.values() for tensor in group.values())
-        self.index: dict[str, dict[str, dict[str, Any]]] = {
-            group: {name: self._add(name, tensor, shared) for name, tensor in tensors.items()}
+        self._parts: dict[tuple[Any, int], _Part] = {}
+        for tensors in groups.values():
+            for name, tensor in tensors.items():
+                _check_plain(name, tensor)
+                key = _storage_key(tensor)
+                part = self._parts.setdefault(key, _Part(f"weights/{len(self._parts):05d}", tensor))
+                part.include(tensor)
+        self.index = {
+            group: {name: self._parts[_storage_key(tensor)].describe(tensor) for name, tensor in tensors.items()}
             for group, tensors in groups.items()
         }
 
     def entries(self) -> Iterator[tuple[str, memoryview]]:
         """Entry name and bytes of every storage. Bytes of an accelerator are copied one storage at a time."""
-        for key, tensor in self._storages.items():
-            on_host = tensor.detach().cpu()
-            yield self._names[key], _bytes_of(on_host.untyped_storage(), on_host)
+        for part in self._parts.values():
+            flat = torch.empty(0, dtype=torch.uint8, device=part.owner.device)
+            flat.set_(part.owner.untyped_storage(), part.start, (part.end - part.start,), (1,))
+            on_host = flat.cpu()
+            yield part.entry, _bytes_of(on_host)
 
-    def _add(self, name: str, tensor: Tensor, shared: set[tuple[Any, int]]) -> dict[str, Any]:
-        _check_plain(name, tensor)
-        key = _storage_key(tensor)
-        kept = self._storages.get(key, tensor)
-        if key not in self._storages:
-            if key in shared:
-                whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-                kept = whole.set_(tensor.untyped_storage())
-            elif tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes():
-                kept = tensor.detach().clone(memory_format=torch.contiguous_format)  # a part of something larger
-            self._storages[key] = kept
-            self._names[key] = f"weights/{len(self._names):05d}"
-        layout = tensor if key in shared else kept
+
+class _Part:
+    """The bytes [start, end) of a storage that go into one entry."""
+
+    def __init__(self, entry: str, owner: Tensor) -> None:
+        self.entry = entry
+        self.owner = owner.detach()
+        self.start, self.end = owner.untyped_storage().nbytes(), 0
+
+    def include(self, tensor: Tensor) -> None:
+        if tensor.numel():
+            size = tensor.element_size()
+            first = int(tensor.storage_offset()) * size
+            last: int = (
+                first + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) * size
+            )
+            # Whatever else lies in the storage has no wider elements than 16 bytes.
+            self.start, self.end = min(self.start, first // 16 * 16), max(self.end, last + size)
+        self.start = min(self.start, self.end)
+
+    def describe(self, tensor: Tensor) -> dict[str, Any]:
+        size = tensor.element_size()
         return {
-            "entry": self._names[key],
+            "entry": self.entry,
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(layout.shape),
-            "stride": list(layout.stride()),
-            "offset": layout.storage_offset(),
+            "shape": list(tensor.shape),
+            "stride": list(tensor.stride()),
+            "offset": (tensor.storage_offset() * size - self.start) // size if tensor.numel() else 0,
             "device": str(tensor.device),
             "parameter": isinstance(tensor, nn.Parameter),
             "requires_grad": tensor.requires_grad,
@@ -89,7 +106,7 @@ def restore_tensors(
         key = (meta["entry"], meta["device"])
         if key not in storages:
             flat = torch.empty(size_of(meta["entry"]), dtype=torch.uint8)
-            read_into(meta["entry"], _bytes_of(flat.untyped_storage(), flat))
+            read_into(meta["entry"], _bytes_of(flat))
             storages[key] = flat.to(_device(meta["device"])).untyped_storage()
         return _view(name, meta, storages[key])
 
@@ -125,15 +142,6 @@ def _storage_key(tensor: Tensor) -> tuple[Any, int]:
     return (tensor.device, storage.data_ptr() or -id(tensor))
 
 
-def _storages_of_several(tensors: Iterator[Tensor]) -> set[tuple[Any, int]]:
-    counts: dict[tuple[Any, int], int] = {}
-    for tensor in tensors:
-        if tensor.layout == torch.strided and tensor.device.type != "meta":
-            key = _storage_key(tensor)
-            counts[key] = counts.get(key, 0) + 1
-    return {key for key, count in counts.items() if count > 1}
-
-
 def _device(text: str) -> torch.device:
     device = torch.device(text)
     try:
@@ -146,10 +154,10 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _bytes_of(storage: torch.UntypedStorage, owner: Tensor) -> memoryview:
-    """The memory of a host storage. Valid as long as ``owner``, which the view keeps alive."""
-    if not storage.nbytes():
+def _bytes_of(flat: Tensor) -> memoryview:
+    """The memory of a host tensor of bytes, which the view keeps alive."""
+    if not flat.numel():
         return memoryview(b"")
-    array = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
-    array._owner = owner  # type: ignore[attr-defined]
+    array = (ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())
+    array._owner = flat  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
