@@ -93,16 +93,15 @@ def test_orders_are_followed(compensation: bool) -> None:
     q_order = torch.argsort(torch.rand(2, 4, 37, generator=generator), dim=-1).to(torch.int32)
     k_order = torch.argsort(torch.rand(2, 2, 50, generator=generator), dim=-1).to(torch.int32)
     args = problem.args(compensation)
-    tokens = (
-        reference.unpermute_tokens(problem.query, q_order),
-        *(reference.unpermute_tokens(x, k_order) for x in (problem.key, problem.value)),
-    )
+    tokens = [reference.unpermute_tokens(problem.query, q_order)]
+    tokens += [reference.unpermute_tokens(x, k_order) for x in (problem.key, problem.value)]
+    unpermuted: tuple[Any, ...] = (*tokens, *args[3:], q_order, k_order)
     permuted, permuted_lse = implementation.block_sparse_attention(*args)
-    out, lse = implementation.block_sparse_attention(*tokens, *args[3:], q_order, k_order)
+    out, lse = implementation.block_sparse_attention(*unpermuted)
     assert torch.equal(out, reference.unpermute_tokens(permuted, q_order))
     assert out.stride() == reference.unpermute_tokens(permuted, q_order).stride()
     assert torch.equal(lse, torch.empty_like(lse).scatter_(2, q_order.long(), permuted_lse))
-    expected, expected_lse = reference.block_sparse_attention(*tokens, *args[3:], q_order, k_order)
+    expected, expected_lse = reference.block_sparse_attention(*unpermuted)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
 
@@ -169,8 +168,9 @@ def test_strided_inputs_and_the_op() -> None:
 
 def test_a_workspace_that_is_too_small_is_an_error() -> None:
     problem = make_problem(num_queries=10, num_keys=200_000, head_dim=1, q_heads=1, kv_heads=1)
+    args: list[Any] = [*problem.args(), None, None, 1]
     with pytest.raises(ValueError, match=r"workspace_mb is 1; valid here: at least 3 "):
-        implementation.block_sparse_attention(*problem.args(), workspace_mb=1)
+        implementation.block_sparse_attention(*args)
 
 
 def test_block_density_equals_the_oracle() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,11 @@ from svg2_compile.kernels.triton import implementation, select
 from svg2_compile.kernels.triton.error import error_inputs, log_errors
 from tests.kernels.helpers import make_problem
 
+# As callables of anything: argument lists are built piece by piece below.
+implementation_by_mass: Callable[..., Tensor] = implementation.select_blocks
+implementation_by_error: Callable[..., Tensor] = implementation.select_blocks_by_error
+reference_by_mass: Callable[..., Tensor] = reference.select_blocks
+reference_by_error: Callable[..., Tensor] = reference.select_blocks_by_error
 LIMITS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.9, "min_k_ratio": 0.0},
     "at least half": {"top_p": 0.2, "min_k_ratio": 0.5},
@@ -26,7 +32,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 }
 
 
-def centroids_and_sizes(num_k: int = 21, *, num_q: int = 3, heads: int = 2, kv_heads: int = 1):
+def centroids_and_sizes(num_k: int = 21, *, num_q: int = 3, heads: int = 2, kv_heads: int = 1) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
     q = 2 * torch.randn(2, heads, num_q, 12, generator=generator)
     k = 2 * torch.randn(2, kv_heads, num_k, 12, generator=generator)
@@ -39,8 +45,8 @@ def centroids_and_sizes(num_k: int = 21, *, num_q: int = 3, heads: int = 2, kv_h
 @pytest.mark.parametrize("num_k", [1, 21, 64])
 def test_by_mass(limits: str, num_k: int) -> None:
     args = centroids_and_sizes(num_k=num_k)
-    actual = implementation.select_blocks(*args, 0.4, **LIMITS[limits])
-    assert torch.equal(actual, reference.select_blocks(*args, 0.4, **LIMITS[limits]))
+    actual = implementation_by_mass(*args, scale=0.4, **LIMITS[limits])
+    assert torch.equal(actual, reference_by_mass(*args, scale=0.4, **LIMITS[limits]))
 
 
 @pytest.mark.parametrize("limits", LIMITS)
@@ -48,26 +54,26 @@ def test_ties_are_broken_by_index(limits: str) -> None:
     q, k, q_sizes, k_sizes = centroids_and_sizes()
     k[:] = k[:, :, :1]  # all clusters alike: only sizes and places differ
     k_sizes[:] = torch.tensor([3, 0, 3, 7, 3, 3, 7] * 3, dtype=torch.int32)
-    actual = implementation.select_blocks(q, k, q_sizes, k_sizes, 0.4, **LIMITS[limits])
-    assert torch.equal(actual, reference.select_blocks(q, k, q_sizes, k_sizes, 0.4, **LIMITS[limits]))
+    actual = implementation_by_mass(q, k, q_sizes, k_sizes, 0.4, **LIMITS[limits])
+    assert torch.equal(actual, reference_by_mass(q, k, q_sizes, k_sizes, 0.4, **LIMITS[limits]))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_row_keeps_everything(value: float) -> None:
     q, k, q_sizes, k_sizes = centroids_and_sizes()
     q[0, 1, 2, 0] = value
-    actual = implementation.select_blocks(q, k, q_sizes, k_sizes, 0.4, 0.5, 0.0)
-    assert torch.equal(actual, reference.select_blocks(q, k, q_sizes, k_sizes, 0.4, 0.5, 0.0))
+    actual = implementation_by_mass(q, k, q_sizes, k_sizes, 0.4, 0.5, 0.0)
+    assert torch.equal(actual, reference_by_mass(q, k, q_sizes, k_sizes, 0.4, 0.5, 0.0))
     assert bool(actual[0, 1, 2, :-1].all())
 
 
 def test_no_keys_at_all_and_chunks_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, q_sizes, k_sizes = centroids_and_sizes()
     k_sizes[1] = 0
-    expected = reference.select_blocks(q, k, q_sizes, k_sizes, 0.4, 0.8, 0.1)
-    assert torch.equal(implementation.select_blocks(q, k, q_sizes, k_sizes, 0.4, 0.8, 0.1), expected)
+    expected = reference_by_mass(q, k, q_sizes, k_sizes, 0.4, 0.8, 0.1)
+    assert torch.equal(implementation_by_mass(q, k, q_sizes, k_sizes, 0.4, 0.8, 0.1), expected)
     monkeypatch.setattr(select, "SCORE_BYTES", 4 * 3 * 21 * 3)  # three heads at a time, of four
-    assert torch.equal(implementation.select_blocks(q, k, q_sizes, k_sizes, 0.4, 0.8, 0.1), expected)
+    assert torch.equal(implementation_by_mass(q, k, q_sizes, k_sizes, 0.4, 0.8, 0.1), expected)
 
 
 def error_problem(dtype: torch.dtype = torch.float32, input_scale: float = 1.0):
@@ -100,10 +106,10 @@ def test_the_streamed_error_is_the_exact_one(dtype: torch.dtype, input_scale: fl
 @pytest.mark.parametrize("limits", LIMITS)
 def test_by_error(limits: str) -> None:
     problem, q_centroids, q_sizes = error_problem()
-    args: tuple[Tensor, ...] = (problem.key, problem.value, problem.k_offsets, q_centroids)
+    args: tuple[Any, ...] = (problem.key, problem.value, problem.k_offsets, q_centroids)
     args += (problem.k_centroids, problem.v_centroids, q_sizes)
-    actual = implementation.select_blocks_by_error(*args, problem.scale, **LIMITS[limits])
-    expected = reference.select_blocks_by_error(*args, problem.scale, **LIMITS[limits])
+    actual = implementation_by_error(*args, scale=problem.scale, **LIMITS[limits])
+    expected = reference_by_error(*args, scale=problem.scale, **LIMITS[limits])
     # Two blocks of nearly the same error may change places at the edge of the budget.
     assert float((actual != expected).float().mean()) <= 0.01
 
@@ -111,9 +117,9 @@ def test_by_error(limits: str) -> None:
 def test_nan_in_a_value_keeps_every_block_of_its_heads() -> None:
     problem, q_centroids, q_sizes = error_problem()
     problem.value[0, 1, 3, 0] = math.nan
-    args: tuple[Tensor, ...] = (problem.key, problem.value, problem.k_offsets, q_centroids)
+    args: tuple[Any, ...] = (problem.key, problem.value, problem.k_offsets, q_centroids)
     args += (problem.k_centroids, problem.v_centroids, q_sizes)
-    actual = implementation.select_blocks_by_error(*args, problem.scale, 0.6, 0.0)
-    expected = reference.select_blocks_by_error(*args, problem.scale, 0.6, 0.0)
+    actual = implementation_by_error(*args, scale=problem.scale, top_p=0.6, min_k_ratio=0.0)
+    expected = reference_by_error(*args, scale=problem.scale, top_p=0.6, min_k_ratio=0.0)
     assert torch.equal(actual[:, 2:], expected[:, 2:])
     assert bool(actual[0, 2:, :5, :-1].all())

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 pytest.importorskip("triton", reason="Triton is on PyPI for Linux only")
 
-from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from svg2_compile.kernels.triton import implementation
 from svg2_compile.kernels.triton.rehearsal import TARGETS, Launch, compile_launch, record_launches

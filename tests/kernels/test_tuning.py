@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -191,7 +192,7 @@ def test_a_search_without_time_times_the_default_and_is_resumed() -> None:
     told: list[Progress] = []
     (second,) = tune([SMALL], CPU, budget_s=60, tell=told.append)
     assert second.measurement.complete
-    partial = Measurement(*list(vars(second.measurement).values())[:3], {"SCORES_PER_TILE=131072": 0.5}, False)
+    partial = dataclasses.replace(second.measurement, trials={"SCORES_PER_TILE=131072": 0.5}, complete=False)
     merge(Table(NAME, ENGINE, {SMALL.key: partial}))
     told.clear()
     (third,) = tune([SMALL], CPU, budget_s=60, tell=told.append)

@@ -45,10 +45,12 @@ def test_every_list_of_the_worst_case_has_a_place(
     try:
         space = plan_workspace(**sizes, compensate=compensate, limit_bytes=limit_mb << 20)
     except ValueError as error:
-        assert f"workspace_mb is {limit_mb}; valid here: at least " in str(error)
-        needed = int(str(error).split("at least ")[1].split()[0])
-        assert needed > limit_mb
+        message = str(error)
+        needed = int(message.split(f"workspace_mb is {limit_mb}; valid here: at least ")[1].split()[0])
         plan_workspace(**sizes, compensate=compensate, limit_bytes=needed << 20)
+        # The message names the least that works: a MiB less does not.
+        with pytest.raises(ValueError, match=f"at least {needed} "):
+            plan_workspace(**sizes, compensate=compensate, limit_bytes=(needed - 1) << 20)
         return
     longest = num_keys + (blocks[1] if compensate else 0)
     rows = min(blocks[0], num_queries)
