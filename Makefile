@@ -3,6 +3,7 @@
 #   make test    lint, types and the whole test suite
 #   make lint    ruff and mypy alone
 #   make bench   the CPU benchmarks; results in bench/results/
+#   make bench-gpu   on a machine with a CUDA device: kernels against dense attention and the peers
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +13,11 @@ EXTRAS := test,diffusers,plots
 # Models in tests and demo are built from configurations: nothing is to be fetched at run time.
 RUN    := HF_HUB_OFFLINE=1 $(BIN)/python
 
-.PHONY: demo test lint types unit bench install clean
+# Kernels are checked with the pinned Triton and with this one, which is installed beside it and not into .venv.
+NEWEST_TRITON := 3.9.0
+NEWEST_STAMP  := .triton-newest/.installed-$(NEWEST_TRITON)
+
+.PHONY: demo test lint types unit newest-triton bench bench-gpu install clean
 .DEFAULT_GOAL := test
 
 # Installed once, and again when what is to be installed has changed.
@@ -28,7 +33,7 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(RUN) -m svg2_compile.cli demo
 
-test: lint
+test: lint newest-triton
 	$(RUN) -m pytest
 
 lint: types
@@ -38,11 +43,27 @@ lint: types
 types: $(STAMP)
 	$(BIN)/python .ci/typecheck.py
 
+$(NEWEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton-newest triton==$(NEWEST_TRITON)
+	@touch $@
+
+ifeq ($(shell uname -s),Linux)
+newest-triton: $(NEWEST_STAMP)
+	PYTHONPATH=.triton-newest $(RUN) -m pytest tests/kernels/test_triton_resources.py \
+		tests/kernels/test_triton_rehearsal.py tests/kernels/test_triton_interpreted.py
+else
+newest-triton:
+	@echo "Triton is on PyPI for Linux only: its kernels are not checked here"
+endif
+
 unit: $(STAMP)
 	$(RUN) -m pytest
 
 bench: $(STAMP)
 	$(RUN) -m bench
 
+bench-gpu: $(STAMP)
+	$(RUN) -m bench.gpu
+
 clean:
-	rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .triton-newest .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

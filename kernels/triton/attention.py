@@ -34,6 +34,10 @@ class Means:
     value: Tensor
     log_sizes: Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.key, self.value, self.log_sizes))
+
 
 @dataclass(frozen=True)
 class AttentionWork:
@@ -67,6 +71,7 @@ class AttentionWork:
             block_m=block_m,
             compensate=self.compensates,
             limit_bytes=limit_bytes,
+            mean_bytes=self.means.num_bytes if self.means else 0,
         )
 
     def run(self, limit_bytes: int) -> None:

@@ -37,17 +37,18 @@ def plan_workspace(
     block_m: int,
     compensate: bool,
     limit_bytes: int,
+    mean_bytes: int = 0,
 ) -> Workspace:
     """Fit the lists of the worst case (every block selected) into ``limit_bytes``.
 
+    mean_bytes: of the clusters' means in the tokens' dtype, which compensation needs besides.
     Raises ValueError where not even one group fits, with the number of MiB that would.
     """
     longest_row = num_keys + (num_k_blocks if compensate else 0)
-    # Per row: shifts, lengths of two lists, reserved length, place, tiles and their start.
-    group_bytes = num_q_blocks * (4 * num_k_blocks + 4 + 4 + 8 + 8 + 4 + 4) + 4 * (
-        num_queries // block_m + num_q_blocks
-    )
-    fixed_bytes = 4 * num_kv_groups * num_keys
+    # Per row: shifts; lengths of two lists, reserved length, place, tiles and their start, some of them twice for a
+    # moment.
+    group_bytes = num_q_blocks * (4 * num_k_blocks + 64) + 4 * (num_queries // block_m + num_q_blocks)
+    fixed_bytes = 4 * num_kv_groups * num_keys + mean_bytes
     least_pool = 2 * longest_row + LOOK_AHEAD
     least_bytes = fixed_bytes + group_bytes + BYTES_PER_ID * least_pool
     if least_bytes > limit_bytes:
