@@ -106,7 +106,7 @@ class Svg2Backend:
     def _program(
         self, name: str, c: Compilation, dense: CompiledGraph, sparse: CompiledGraph | None
     ) -> DenoisingProgram:
-        reports = describe(c.decisions)
+        reports = describe(c.decisions, config=c.config, device=c.device)
         program = DenoisingProgram(
             name=name,
             session=self.session,

@@ -72,7 +72,7 @@ def _explain_once(
         compilation = Compilation(copy_graph_module(gm), config, device_of(gm))
         run_passes(compilation, ANALYSES)
         number = len(result.graphs)
-        result.sites.extend(describe(compilation.decisions, number))
+        result.sites.extend(describe(compilation.decisions, number, config, compilation.device))
         result.graphs.append(
             GraphReport(
                 f"graph_{number}",

@@ -7,17 +7,24 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from svg2_compile.history import SiteRecord
+from svg2_compile.kernels.triton.workspace import plan_workspace
 from svg2_compile.passes.decide_sites import Site, Skip
 
+if TYPE_CHECKING:
+    from svg2_compile.config import Svg2Config
+
 __all__ = ["GraphReport", "Report", "SiteReport", "describe"]
+
+SMALLEST_TILE = 32  # rows: smaller query tiles make the largest table of tiles
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class SiteReport:
     name: module path, such as "blocks.3.attn1". decision: "sparse" or "dense". reason: a stable code ("sparse",
     "cross_attention", "cost" ...). detail: the reason in words. Token counts are ints, or strings such as "s0*s1"
     where the graph is dynamic; None where they could not be told. predicted_speedup: of this attention over dense,
-    by the cost model.
+    by the cost model. workspace_mb: MiB of GPU memory for its lists of keys; None on a CPU and for dynamic sizes.
     """
 
     index: int
@@ -43,6 +50,7 @@ class SiteReport:
     num_k_clusters: int | str | None = None
     predicted_speedup: float | None = None
     graph: int = 0
+    workspace_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,9 @@ class Report:
         if self.graph_breaks:
             lines.append(f"{len(self.graphs)} graphs, because of {len(self.graph_breaks)} graph break(s):")
             lines += [f"  - {reason}" for reason in self.graph_breaks]
+        workspace = max((site.workspace_mb for site in self.sites if site.workspace_mb is not None), default=None)
+        if workspace is not None:
+            lines.append(f"workspace of one sparse attention on the GPU: {workspace:.0f} MiB")
         lines += self.notes
         if self.runs:
             sparse = sum(run.graph == "sparse" for run in self.runs)
@@ -153,12 +164,48 @@ class Report:
         return lines
 
 
-def describe(decisions: Iterable[Site | Skip], graph: int = 0) -> list[SiteReport]:
-    """Turn the compiler's decisions into plain records that hold on to no graph."""
-    return [_describe(decision, index, graph) for index, decision in enumerate(decisions)]
+def describe(
+    decisions: Iterable[Site | Skip],
+    graph: int = 0,
+    config: Svg2Config | None = None,
+    device: torch.device | None = None,
+) -> list[SiteReport]:
+    """Turn the compiler's decisions into plain records that hold on to no graph.
+
+    config, device: of the model; with them the records say how much GPU memory an attention takes.
+    """
+    records = []
+    for decision in decisions:
+        record = _describe(decision, graph)
+        if isinstance(decision, Site) and config is not None and device is not None and device.type == "cuda":
+            record = replace(record, workspace_mb=_workspace_mb(decision, config))
+        records.append(record)
+    return records
 
 
-def _describe(decision: Site | Skip, position: int, graph: int) -> SiteReport:
+def _workspace_mb(site: Site, config: Svg2Config) -> float | None:
+    """What the attention kernel will plan for a site, in MiB; None where the sizes are not known yet."""
+    sizes = {
+        "num_groups": _count(site.batch * site.num_heads),
+        "num_kv_groups": _count(site.batch * site.num_kv_heads),
+        "num_queries": _count(site.num_tokens),
+        "num_keys": _count(site.num_tokens),
+        "num_q_blocks": _count(site.num_q_clusters + 2),
+        "num_k_blocks": _count(site.num_k_clusters + 2),
+    }
+    known: dict[str, Any] = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    if len(known) < len(sizes):
+        return None
+    compensate = config.compensation == "centroid"
+    mean_bytes = 4 * known["num_kv_groups"] * known["num_k_blocks"] * site.head_dim if compensate else 0
+    limits = {"compensate": compensate, "mean_bytes": mean_bytes, "limit_bytes": config.workspace_mb << 20}
+    try:
+        return plan_workspace(**known, **limits, block_m=SMALLEST_TILE).bytes / 2**20
+    except ValueError:
+        return None  # the operator itself says what it would need
+
+
+def _describe(decision: Site | Skip, graph: int) -> SiteReport:
     if isinstance(decision, Site):
         return SiteReport(
             index=decision.index,
