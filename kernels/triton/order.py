@@ -19,6 +19,7 @@ __all__ = ["cluster_order", "counting_sort"]
 TOKENS_PER_TILE = 512
 TOKENS_PER_STEP = 64  # ranks come from comparing 64 x 64 tokens at a time: more would not fit into registers
 BINS_PER_PROGRAM = 64
+LEAST_BINS = 128  # tl.histogram wants a bin for every thread of a program
 TILES_PER_STEP = 16
 # Integers that no address alignment depends on: one compiled kernel serves all their values.
 COUNTS = ["num_tokens", "start", "num_video", "num_clusters"]
@@ -123,7 +124,7 @@ def counting_sort(
     labels = labels.contiguous()
     mask = labels if valid is None else valid.contiguous().view(torch.uint8)
     mask_strides = (0, 0) if valid is None else (mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)
-    bins = triton.next_power_of_2(num_clusters + 3)
+    bins = max(LEAST_BINS, triton.next_power_of_2(num_clusters + 3))
     num_tiles = triton.cdiv(num_tokens, TOKENS_PER_TILE)
     counts = labels.new_empty(groups, num_tiles, bins)
     totals = labels.new_empty(groups, bins)
