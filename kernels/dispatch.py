@@ -14,10 +14,12 @@ import torch
 
 
 class Implementation(NamedTuple):
-    """One implementation of all ops: a module with a function per op, and the device types that it serves."""
+    """One implementation of all ops: a module with a function per op, the device types that it serves, and the widest
+    head_dim that it takes (None: any)."""
 
     module: str
     devices: tuple[str, ...]
+    max_head_dim: int | None = None
 
 
 # Triton's interpreter runs the GPU kernels on CPU tensors, for tests; it decides by this variable, at import.
@@ -28,7 +30,9 @@ IMPLEMENTATIONS = {
     "reference": Implementation("svg2_compile.kernels.reference", ("cpu", "cuda")),
     "cpu": Implementation("svg2_compile.kernels.cpu", ("cpu",)),
     "triton": Implementation(
-        "svg2_compile.kernels.triton.implementation", ("cpu", "cuda") if _INTERPRETED else ("cuda",)
+        "svg2_compile.kernels.triton.implementation",
+        ("cpu", "cuda") if _INTERPRETED else ("cuda",),
+        max_head_dim=256,  # a tile of a wider head does not fit into registers
     ),
 }
 

@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
-from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION
+from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
 from svg2_compile.passes.axes import Factor, same_length, size_expr
 from svg2_compile.passes.cost_model import (
     REFERENCE,
@@ -159,6 +159,7 @@ def _decide(call: AttentionCall, layouts: TokenLayouts, policy: SitePolicy, devi
             raise _Dense("unsupported_device", f"{device.type}; supported: {', '.join(DEFAULT_IMPLEMENTATION)}")
         batch, num_heads, num_kv_heads, head_dim, tokens = _dimensions(call)
         numbers |= {"num_heads": num_heads, "head_dim": head_dim}
+        _check_head_dim(call, head_dim, device)
         start, video = _video_part(call, layouts)
         numbers |= {"video_tokens": video, "context_tokens": tokens - video}
         padding = _check_call(call)
@@ -170,6 +171,15 @@ def _decide(call: AttentionCall, layouts: TokenLayouts, policy: SitePolicy, devi
         return _check_length(site, policy, device)
     except _Dense as dense:
         return Skip(call.name, dense.reason, dense.detail, **{**numbers, **dense.numbers})
+
+
+def _check_head_dim(call: AttentionCall, head_dim: int, device: torch.device) -> None:
+    value = node_value(call.value)
+    widest = max(head_dim, value.shape[-1]) if isinstance(value, torch.Tensor) else head_dim
+    name = DEFAULT_IMPLEMENTATION.get(device.type)
+    limit = IMPLEMENTATIONS[name].max_head_dim if name is not None else None
+    if limit is not None and widest > limit:
+        raise _Dense("head_dim", f"head_dim {widest}; the {name} kernels take at most {limit}")
 
 
 def _dimensions(call: AttentionCall) -> tuple[Any, Any, Any, int, Any]:

@@ -14,6 +14,7 @@ from svg2_compile.kernels.triton.launch import (
     device_of,
     num_processors,
     padded,
+    require_head_dim,
     row_strides,
     rows_dense,
 )
@@ -155,7 +156,8 @@ def block_sparse_attention(
     workspace_mb: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query block over its selected key blocks; see ``ops.block_sparse_attention``."""
-    batch, q_heads, num_queries, _ = query.shape
+    batch, q_heads, num_queries, width = query.shape
+    require_head_dim("block_sparse_attention", width, value.shape[3])
     if q_order is None:
         out = query.new_empty(batch, q_heads, num_queries, value.shape[3])
     else:

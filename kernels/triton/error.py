@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.triton.launch import device_of, padded, row_strides, rows_dense
+from svg2_compile.kernels.triton.launch import device_of, padded, require_head_dim, row_strides, rows_dense
 from svg2_compile.kernels.triton.primitives import LN_2, LOG2_E, head_base, kv_group_of, load_rows
 
 __all__ = ["ErrorInputs", "error_inputs", "log_errors"]
@@ -110,6 +110,7 @@ class ErrorInputs(NamedTuple):
 def error_inputs(key: Tensor, value: Tensor, k_offsets: Tensor, v_centroids: Tensor) -> ErrorInputs:
     """Reads every value once; permuted value [B, Hkv, Nk, Dv]."""
     batch, kv_heads, num_tokens, value_width = value.shape
+    require_head_dim("select_blocks_by_error", key.shape[3], value_width)
     key, value = rows_dense(key), rows_dense(value)
     k_offsets, v_centroids = k_offsets.contiguous(), v_centroids.contiguous()
     num_clusters = v_centroids.shape[2]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.triton.launch import device_of, padded, row_strides, rows_dense
+from svg2_compile.kernels.triton.launch import device_of, padded, require_head_dim, row_strides, rows_dense
 from svg2_compile.kernels.triton.means import ROWS_PER_STEP, sum_segment
 from svg2_compile.kernels.triton.order import counting_sort
 from svg2_compile.kernels.triton.primitives import EXACT, head_base, load_rows
@@ -161,6 +161,7 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lloyd's algorithm; see ``ops.kmeans``. 5 launches per iteration, however many groups."""
     batch, heads, num_tokens, width = x.shape
+    require_head_dim("kmeans", width)
     num_clusters = centroids.shape[2]
     groups = batch * heads
     labels = x.new_empty((batch, heads, num_tokens), dtype=torch.int32)

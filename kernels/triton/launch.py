@@ -11,7 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["device_of", "num_processors", "padded", "rehearsal", "row_strides", "rows_dense"]
+from svg2_compile.kernels.dispatch import IMPLEMENTATIONS
+
+__all__ = ["device_of", "num_processors", "padded", "rehearsal", "require_head_dim", "row_strides", "rows_dense"]
 
 # Processors of the imagined device while launches are only noted (rehearsal.py).
 _imagined_processors: ContextVar[int | None] = ContextVar("svg2_imagined_processors", default=None)
@@ -41,6 +43,16 @@ def rows_dense(tensor: Tensor) -> Tensor:
 def row_strides(tensor: Tensor) -> tuple[int, int, int]:
     """Strides of batch, head and token of [B, H, N, D], in elements."""
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def require_head_dim(op: str, *widths: int) -> None:
+    """Raise ValueError for a head that is wider than the kernels' tiles can be."""
+    limit = IMPLEMENTATIONS["triton"].max_head_dim
+    if limit is not None and max(widths) > limit:
+        raise ValueError(
+            f"svg2::{op}: head_dim is {max(widths)}; valid for the Triton kernels: at most {limit} "
+            "(use_implementation('reference') takes any)"
+        )
 
 
 def padded(width: int) -> int:

@@ -173,6 +173,12 @@ def test_a_workspace_that_is_too_small_is_an_error() -> None:
         implementation.block_sparse_attention(*args)
 
 
+def test_a_head_that_is_too_wide_is_an_error() -> None:
+    problem = make_problem(num_queries=10, num_keys=10, head_dim=257)
+    with pytest.raises(ValueError, match=r"head_dim is 257; valid for the Triton kernels: at most 256"):
+        implementation.block_sparse_attention(*problem.args())
+
+
 def test_block_density_equals_the_oracle() -> None:
     problem = make_problem(batch=2, q_heads=4, kv_heads=2)
     args = (problem.q_offsets, problem.k_offsets, problem.block_map)

@@ -93,6 +93,19 @@ def test_devices(device, min_tokens, reason):
     assert getattr(decision, "reason", "sparse") == reason
 
 
+@pytest.mark.parametrize(
+    ("widened", "device", "reason"), [(33, "cuda", "head_dim"), (32, "cuda", "sparse"), (33, "cpu", "sparse")]
+)
+def test_heads_wider_than_the_gpu_kernels_take(widened, device, reason):
+    pytest.importorskip("triton")
+    gm, _ = dynamo_graph(
+        model_of(lambda q, k, v: sdpa(*(x.repeat(1, 1, 1, widened) for x in (q, k, v)))[..., :8]), video()
+    )
+    calls, unreadable = find_attention(gm)
+    (decision,) = decide_sites(calls, unreadable, analyse_token_layout(gm), SITES, torch.device(device))
+    assert getattr(decision, "reason", "sparse") == reason
+
+
 @pytest.mark.parametrize(("min_tokens", "reason"), [(21, "sparse"), (22, "short_sequence"), ("auto", "cost")])
 def test_lengths(min_tokens, reason):
     gm, _ = dynamo_graph(model_of(sdpa), video())
