@@ -83,6 +83,7 @@ def diagnose() -> Diagnosis:
     diagnosis.checks.append(_check_entry_point())
     diagnosis.checks += [_check_inductor(device) for device in devices]
     diagnosis.checks += [_check_numbers(device) for device in devices]
+    diagnosis.checks += [_check_tuning(device) for device in devices]
     return diagnosis
 
 
@@ -133,6 +134,16 @@ def _check_inductor(device: torch.device) -> Check:
 
         return Check(name, "ok", f"C++ compiler: {get_cpp_compiler()}")
     return Check(name, "ok", f"Triton {_version_of('triton')}")
+
+
+def _check_tuning(device: torch.device) -> Check:
+    """Not being tuned is no fault: the defaults are right, and the time they lose is unknown."""
+    from svg2_compile.kernels.tuning import device_name
+    from svg2_compile.kernels.tuning_tables import load_tables
+
+    measured = sum(len(table.measurements) for table in load_tables(device_name(device)))
+    found = f"{measured} tuned configurations" if measured else "safe defaults; `svg2 tune` looks for faster ones"
+    return Check(f"tile sizes on {device}", "ok", found)
 
 
 def _check_numbers(device: torch.device) -> Check:

@@ -198,7 +198,8 @@ def _workspace_mb(site: Site, config: Svg2Config) -> float | None:
         return None
     compensate = config.compensation == "centroid"
     mean_bytes = 4 * known["num_kv_groups"] * known["num_k_blocks"] * site.head_dim if compensate else 0
-    limits: dict[str, Any] = {"compensate": compensate, "mean_bytes": mean_bytes, "limit_bytes": config.workspace_mb << 20}
+    limit_bytes = config.workspace_mb << 20
+    limits: dict[str, Any] = {"compensate": compensate, "mean_bytes": mean_bytes, "limit_bytes": limit_bytes}
     try:
         return plan_workspace(**known, **limits, block_m=SMALLEST_TILE).bytes / 2**20
     except ValueError:

@@ -8,6 +8,7 @@ import pytest
 import sympy
 import torch
 
+from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION
 from svg2_compile.passes.cost_model import (
     CPU,
     CostInputs,
@@ -63,6 +64,10 @@ def test_expected_density(top_p, density, ratio, expected):
     assert expected_density(top_p, density, ratio) == pytest.approx(expected)
 
 
-def test_profiles_say_where_their_figures_come_from():
+def test_profiles_say_where_their_figures_come_from(monkeypatch):
     assert profile_for(torch.device("cpu")) is CPU
+    monkeypatch.setitem(DEFAULT_IMPLEMENTATION, "cuda", "triton")
+    assert profile_for(torch.device("cuda")).source
+    # Where Triton is missing, CUDA tensors run the reference, and nothing is worth rewriting.
+    monkeypatch.setitem(DEFAULT_IMPLEMENTATION, "cuda", "reference")
     assert "no fast kernels" in profile_for(torch.device("cuda")).source
