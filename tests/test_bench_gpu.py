@@ -39,7 +39,7 @@ def test_rehearsal_runs_everything_and_leaves_the_results_alone(
     printed = capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in common.RESULTS.iterdir()} == before
     assert sorted(path.stem for path in tmp_path.iterdir()) == [f"cpu-{name.replace('_', '-')}" for name in RESULTS]
-    units = {}
+    units: dict[str, Any] = {}
     for path in tmp_path.iterdir():
         document = json.loads(path.read_text())
         assert document["rehearsal"] is True and document["environment"]["commit"] and document["inputs"]
