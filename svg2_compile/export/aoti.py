@@ -138,8 +138,7 @@ def _compile(program: TransformedProgram, target: Path) -> dict[str, list[str]]:
         with torch.no_grad(), new_guards(gm) as guards:
             made = aot_compile(gm, tuple(fake_inputs(gm)), options=options)
         assert isinstance(made, list)
-        # The C++ source is of no use in running, and tells the paths of this machine.
-        files[which] = [name for name in made if not str(name).endswith(".cpp")]
+        files[which] = made
         assumed[which] = [sympy.srepr(guard) for guard in guards]
     package_aoti(str(target), files)
     return assumed

@@ -69,10 +69,10 @@ def load(path: str | os.PathLike[str], **options: Any) -> TransformedProgram:
 
 def write_program(writer: ArchiveWriter, program: TransformedProgram) -> dict[str, Any]:
     """Write graphs and weights; returns what the manifest says of them."""
+    stored = StoredTensors({"state": program.dense.state_dict, "constants": program.dense.constants})
     writer.add(DENSE_ENTRY, graph_to_json(program.dense))
     if program.sparse is not None:
         writer.add(SPARSE_ENTRY, graph_to_json(program.sparse))
-    stored = StoredTensors({"state": program.dense.state_dict, "constants": program.dense.constants})
     for name, data in stored.entries():
         writer.add(name, data, compress=False)
     return {"tensors": stored.index}

@@ -127,7 +127,7 @@ def _view(name: str, meta: Mapping[str, Any], storage: torch.UntypedStorage) -> 
     return tensor.requires_grad_(meta["requires_grad"])
 
 
-def _check_plain(name: str, tensor: Tensor) -> None:
+def _check_plain(name: str, tensor: Any) -> None:
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_quantized:
         raise ExportError(f"program: {name} is a {type(tensor).__name__}. Valid: plain tensors can be saved.")
     if tensor.device.type == "meta" or tensor.layout != torch.strided:
