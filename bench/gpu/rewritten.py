@@ -50,7 +50,7 @@ def make_inputs(shape: Shape, tokens: tuple[Tensor, Tensor, Tensor]) -> Inputs:
 
     def first_step(x: Tensor, count: int) -> Tensor:
         unused = x.new_zeros(1, shape.num_heads, count, shape.head_dim, dtype=torch.float32)
-        return ops.kmeans(x[:, :, : shape.video_tokens], unused, _flag(x, False), FIRST_ITERS)[1]
+        return ops.kmeans(x.narrow(2, 0, shape.video_tokens), unused, _flag(x, False), FIRST_ITERS)[1]
 
     return Inputs(*(query, key, value), first_step(query, shape.num_q_clusters), first_step(key, shape.num_k_clusters))
 
@@ -87,8 +87,9 @@ class Rewritten:
     def cluster(self) -> None:
         video = self.shape.video_tokens
         query, key, _, q_centroids, k_centroids = self.inputs
-        self.q_labels, self.q_means, self.q_sizes = ops.kmeans(query[:, :, :video], q_centroids, self.warm, WARM_ITERS)
-        self.k_labels, self.k_means, self.k_sizes = ops.kmeans(key[:, :, :video], k_centroids, self.warm, WARM_ITERS)
+        query, key = query.narrow(2, 0, video), key.narrow(2, 0, video)
+        self.q_labels, self.q_means, self.q_sizes = ops.kmeans(query, q_centroids, self.warm, WARM_ITERS)
+        self.k_labels, self.k_means, self.k_sizes = ops.kmeans(key, k_centroids, self.warm, WARM_ITERS)
 
     def order(self) -> None:
         num_tokens = self.shape.num_tokens

@@ -81,7 +81,7 @@ def giant_and_empty_clusters() -> Problem:
     block_map[..., 2] = torch.tensor([True, True, False, True, False, True])
     means = (reference.cluster_means(x, k_offsets) for x in (given_problem.key, given_problem.value))
     k_centroids, v_centroids = means
-    changes = {"q_offsets": q_offsets, "k_offsets": k_offsets, "block_map": block_map}
+    changes: dict[str, Any] = {"q_offsets": q_offsets, "k_offsets": k_offsets, "block_map": block_map}
     return replace(given_problem, **changes, k_centroids=k_centroids, v_centroids=v_centroids)
 
 

@@ -18,9 +18,15 @@ ROUNDING_MIB = 2
 
 def problem(keep: float = 0.3) -> Problem:
     return make_problem(
-        **{"q_heads": sized(8, 2), "kv_heads": sized(8, 2), "num_queries": sized(6000, 70)},
-        **{"num_keys": sized(6000, 90), "num_q_clusters": sized(30, 4), "num_k_clusters": sized(100, 9)},
-        **{"head_dim": sized(128, 16), "dtype": torch.bfloat16, "keep": keep},
+        q_heads=sized(8, 2),
+        kv_heads=sized(8, 2),
+        num_queries=sized(6000, 70),
+        num_keys=sized(6000, 90),
+        num_q_clusters=sized(30, 4),
+        num_k_clusters=sized(100, 9),
+        head_dim=sized(128, 16),
+        dtype=torch.bfloat16,
+        keep=keep,
     )
 
 

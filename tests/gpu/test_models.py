@@ -18,7 +18,7 @@ from tests.zoo.models import build
 TIMESTEPS = (900, 900, 700, 700, 400)  # two guidance branches, three steps
 # Of the largest value: kernels sum in other orders, and a few layers multiply that.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
-INDUCTOR = {"inner_backend": "inductor", "strict": True}
+INDUCTOR: dict[str, Any] = {"inner_backend": "inductor", "strict": True}
 
 
 @pytest.fixture(params=["wan_t2v", "hunyuan_video", "ltx_video"])
@@ -51,9 +51,8 @@ def assert_alike(actual: list[Tensor], expected: list[Tensor]) -> None:
 def test_backend_with_all_kept_equals_eager(model: tuple[nn.Module, dict[str, Any]], mode: str | None) -> None:
     module, given = model
     expected = steps(module, given)
-    compiled = torch.compile(
-        module, backend="svg2", fullgraph=True, options={**IDENTITY, **INDUCTOR, "inductor_mode": mode}
-    )
+    options: dict[str, Any] = {**IDENTITY, **INDUCTOR, "inductor_mode": mode}
+    compiled = torch.compile(module, backend="svg2", fullgraph=True, options=options)
     assert_alike(steps(compiled, given), expected)
     runs = svg2_compile.report(module).runs
     assert {run.graph for run in runs} == {"sparse"}
@@ -105,4 +104,5 @@ def test_bfloat16_model(cuda: torch.device) -> None:
     given = {name: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in given.items()}
     given = on(cuda, given)
     expected = steps(module, given)
-    assert_alike(steps(torch.compile(module, backend="svg2", options={**IDENTITY, **INDUCTOR}), given), expected)
+    options: dict[str, Any] = {**IDENTITY, **INDUCTOR}
+    assert_alike(steps(torch.compile(module, backend="svg2", options=options), given), expected)

@@ -164,8 +164,14 @@ def test_attention_is_repeatable_at_size(device: torch.device) -> None:
     """Many programs, tiles drawn from a counter in any order: a race would show as other bits."""
     size = sized(6001, 60)
     problem = make_problem(
-        **{"num_queries": size, "num_keys": size, "head_dim": 128, "q_heads": sized(8, 1), "kv_heads": sized(8, 1)},
-        **{"num_q_clusters": sized(40, 4), "num_k_clusters": sized(120, 9), "dtype": torch.bfloat16},
+        q_heads=sized(8, 1),
+        kv_heads=sized(8, 1),
+        num_queries=size,
+        num_keys=size,
+        head_dim=128,
+        num_q_clusters=sized(40, 4),
+        num_k_clusters=sized(120, 9),
+        dtype=torch.bfloat16,
     )
     args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in problem.args(True))
     first = ops.block_sparse_attention(*args)

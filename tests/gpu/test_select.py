@@ -24,15 +24,17 @@ LIMITS: dict[str, dict[str, Any]] = {
 }
 # Two clusters of nearly the same rank may change places at the edge of the budget.
 MISMATCHES = 0.002
+SCALE = 0.125
 
 
-def centroids_and_sizes(num_k: int, num_q: int = 7, spread: float = 2.0) -> tuple[Tensor, ...]:
+def centroids_and_sizes(num_k: int, num_q: int = 7, spread: float = 2.0) -> tuple[Any, ...]:
+    """Centroids [2, H, C, 64] and sizes of queries and keys, some keys' clusters empty; the scale."""
     generator = torch.Generator().manual_seed(0)
     q = spread * torch.randn(2, 4, num_q, 64, generator=generator)
     k = spread * torch.randn(2, 2, num_k, 64, generator=generator)
     k_sizes = torch.randint(0, 200, (2, 2, num_k), generator=generator, dtype=torch.int32)
     k_sizes[..., ::5] = 0
-    return q, k, torch.ones(2, 4, num_q, dtype=torch.int32), k_sizes
+    return q, k, torch.ones(2, 4, num_q, dtype=torch.int32), k_sizes, SCALE
 
 
 def check(actual: Tensor, expected: Tensor) -> None:
@@ -47,52 +49,51 @@ def check(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("num_k", [1, 21, sized(1000, 64), sized(2500, 130)])
 def test_by_mass(limits: str, num_k: int, device: torch.device) -> None:
     args = centroids_and_sizes(num_k, num_q=sized(60, 3))
-    actual = poisoned(device, ops.select_blocks, *moved(args, device), 0.125, **LIMITS[limits])
-    check(actual, reference.select_blocks(*args, 0.125, **LIMITS[limits]))
+    actual = poisoned(device, ops.select_blocks, *moved(args, device), **LIMITS[limits])
+    check(actual, reference.select_blocks(*args, **LIMITS[limits]))
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 16.0])
 def test_by_mass_over_scales(spread: float, device: torch.device) -> None:
     args = centroids_and_sizes(sized(500, 40), spread=spread)
     for limits in (LIMITS["top_p"], LIMITS["density"]):
-        actual = poisoned(device, ops.select_blocks, *moved(args, device), 0.125, **limits)
+        actual = poisoned(device, ops.select_blocks, *moved(args, device), **limits)
         # In float32, as the op: masses below its range are ties, which the index breaks.
-        check(actual, reference.select_blocks(*args, 0.125, **limits))
+        check(actual, reference.select_blocks(*args, **limits))
 
 
 @pytest.mark.parametrize("limits", LIMITS)
 def test_ties_are_broken_by_index(limits: str, device: torch.device) -> None:
-    q, k, q_sizes, k_sizes = centroids_and_sizes(21)
+    q, k, q_sizes, k_sizes, _ = centroids_and_sizes(21)
     k[:] = k[:, :, :1]  # all clusters alike: only sizes and places differ
     k_sizes[:] = torch.tensor([3, 0, 3, 7, 3, 3, 7] * 3, dtype=torch.int32)
-    args = (q, k, q_sizes, k_sizes)
-    actual = poisoned(device, ops.select_blocks, *moved(args, device), 0.125, **LIMITS[limits])
-    assert torch.equal(actual.cpu(), reference.select_blocks(*args, 0.125, **LIMITS[limits]))
+    args = (q, k, q_sizes, k_sizes, SCALE)
+    actual = poisoned(device, ops.select_blocks, *moved(args, device), **LIMITS[limits])
+    assert torch.equal(actual.cpu(), reference.select_blocks(*args, **LIMITS[limits]))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_row_keeps_everything(value: float, device: torch.device) -> None:
-    q, k, q_sizes, k_sizes = centroids_and_sizes(50)
+    q, k, q_sizes, k_sizes, _ = centroids_and_sizes(50)
     q[0, 1, 2, 0] = value
-    args = (q, k, q_sizes, k_sizes)
-    actual = poisoned(device, ops.select_blocks, *moved(args, device), 0.125, 0.5, 0.0).cpu()
-    check(actual, reference.select_blocks(*args, 0.125, 0.5, 0.0))
+    args = (q, k, q_sizes, k_sizes, SCALE)
+    actual = poisoned(device, ops.select_blocks, *moved(args, device), 0.5, 0.0).cpu()
+    check(actual, reference.select_blocks(*args, 0.5, 0.0))
     assert bool(actual[0, 1, 2, :-1].all())
 
 
 def test_no_keys_at_all(device: torch.device) -> None:
-    q, k, q_sizes, k_sizes = centroids_and_sizes(50)
+    q, k, q_sizes, k_sizes, _ = centroids_and_sizes(50)
     k_sizes[1] = 0
-    args = (q, k, q_sizes, k_sizes)
-    actual = poisoned(device, ops.select_blocks, *moved(args, device), 0.125, 0.8, 0.1)
-    check(actual, reference.select_blocks(*args, 0.125, 0.8, 0.1))
+    args = (q, k, q_sizes, k_sizes, SCALE)
+    actual = poisoned(device, ops.select_blocks, *moved(args, device), 0.8, 0.1)
+    check(actual, reference.select_blocks(*args, 0.8, 0.1))
 
 
 def error_arguments(dtype: torch.dtype, head_dim: int, input_scale: float) -> tuple[Any, ...]:
-    problem = make_problem(
-        **{"q_heads": 4, "kv_heads": 2, "num_keys": sized(1200, 150), "num_k_clusters": sized(60, 9)},
-        **{"dtype": dtype, "head_dim": head_dim, "input_scale": input_scale, "batch": 2},
-    )
+    sizes: dict[str, Any] = {"num_keys": sized(1200, 150), "num_k_clusters": sized(60, 9)}
+    tokens: dict[str, Any] = {"dtype": dtype, "head_dim": head_dim, "input_scale": input_scale}
+    problem = make_problem(batch=2, q_heads=4, kv_heads=2, **sizes, **tokens)
     generator = torch.Generator().manual_seed(0)
     q_centroids = input_scale * torch.randn(2, 4, sized(20, 5), head_dim, generator=generator)
     q_sizes = torch.ones(q_centroids.shape[:3], dtype=torch.int32)
@@ -118,8 +119,8 @@ def test_by_error(limits: str, dtype: torch.dtype, head_dim: int, device: torch.
 @pytest.mark.parametrize("input_scale", [4.0, 16.0])
 def test_by_error_over_scales_keeps_as_many_keys(input_scale: float, device: torch.device) -> None:
     args = error_arguments(torch.bfloat16, 64, input_scale)
-    actual = poisoned(device, ops.select_blocks_by_error, *moved(args, device), 0.9, 0.0, 0.3).cpu()
-    expected = reference.select_blocks_by_error(*args, 0.9, 0.0, 0.3, compute_dtype=torch.float64)
+    actual = poisoned(device, ops.select_blocks_by_error, *moved(args, device), **LIMITS["density"]).cpu()
+    expected = reference.select_blocks_by_error(*args, **LIMITS["density"], compute_dtype=torch.float64)
     sizes = args[2].diff(dim=-1)[..., :-2].repeat_interleave(2, dim=1).unsqueeze(2)
     kept = [(block_map[..., :-2, :-2] * sizes).sum(dim=-1) for block_map in (actual, expected)]
     assert bool(((kept[0] - kept[1]).abs() <= sizes.amax(dim=-1)).all())
