@@ -99,7 +99,7 @@ def inspect_exported(path: Path, options: Mapping[str, Any] | None = None) -> Re
         raise InspectError(str(error)) from error
     c = run_on_program(program, config, ANALYSES)
     graph = GraphReport(path.name, bool(c.regional), c.time_kind, dict(c.pass_seconds))
-    return Report(sites=describe(c.decisions), graphs=[graph])
+    return Report(sites=describe(c.decisions, config=config, device=c.device), graphs=[graph])
 
 
 def parse_input(name: str, text: str) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
 import torch
 from torch.export import ExportedProgram
@@ -20,6 +20,8 @@ from svg2_compile.reports import GraphReport, SiteReport
 __all__ = ["FORMAT_VERSION", "check_manifest", "describe_program", "read_facts", "read_facts_of_manifest"]
 
 FORMAT = "svg2_compile program"
+Record = TypeVar("Record", SiteReport, GraphReport)
+
 # Raised when older readers would misread a file. Files of every older version are read.
 FORMAT_VERSION = 1
 # Settings of the machine that transforms, which mean nothing where the file is loaded.
@@ -93,15 +95,21 @@ def read_facts_of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
             "name": str(manifest["name"]),
             "config": config.replace(preset=manifest["config"]["preset"]),
             "spec": None if manifest["state"] is None else _read_spec(manifest["state"]),
-            "sites": [SiteReport(**site) for site in manifest["sites"]],
+            "sites": [_record(SiteReport, site) for site in manifest["sites"]],
             "time": TimeSource(manifest["time"]["kind"], tuple(manifest["time"]["inputs"])),
-            "graph_report": GraphReport(**manifest["graph_report"]),
+            "graph_report": _record(GraphReport, manifest["graph_report"]),
             "conditions": [str(condition) for condition in manifest["conditions"]],
         }
     except ConfigError as error:
         raise ExportError(f"file: its configuration is not valid here: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileDamaged(f"file: its manifest is incomplete: {type(error).__name__}: {error}") from error
+
+
+def _record(kind: type[Record], data: Mapping[str, Any]) -> Record:
+    """A record of a report. What a newer version added is left out: reports change no result."""
+    names = {item.name for item in fields(kind)}
+    return kind(**{name: value for name, value in data.items() if name in names})
 
 
 def _describe_spec(spec: StateSpec) -> dict[str, Any]:

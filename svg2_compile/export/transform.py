@@ -75,8 +75,9 @@ def transform(exported_program: ExportedProgram, **options: Any) -> TransformedP
             "computes scaled_dot_product_attention, or softmax(q @ k) @ v, at the top level of its graph."
         )
     sparse = _rewritten(dense, c.gm, c.spec) if c.spec is not None else None
+    sites = describe(c.decisions, config=config, device=c.device)
     transformed = TransformedProgram(
-        *(c.name, dense, sparse, c.spec, config, describe(c.decisions), TimeSource("none", ())),
+        *(c.name, dense, sparse, c.spec, config, sites, TimeSource("none", ())),
         graph_report=GraphReport(c.name, bool(c.regional), c.time_kind, dict(c.pass_seconds)),
     )
     names = {leaf.node: leaf.name for leaf in transformed.signature.leaves}
