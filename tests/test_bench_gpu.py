@@ -105,7 +105,7 @@ def _supervise(names: list[str], tmp_path: Path, worker: str = WORKER, budget: f
         raise AssertionError("units run in workers only")
 
     units = [Unit(name, "kmeans", 0.0, never) for name in names]
-    order = Order("cpu", 1, True, budget, tmp_path / "events", (sys.executable, "-c", worker))
+    order = Order("cpu", 1, False, budget, tmp_path / "events", (sys.executable, "-c", worker))
     notified: list[str] = []
     outcome = supervise(units, order, lambda name, record: notified.append(name))
     assert sorted(notified) == sorted(outcome.records) == sorted(names)
@@ -187,6 +187,31 @@ def test_exact_rows_are_those_of_the_reference(settings: Settings) -> None:
     sizes = rewritten.k_offsets[0, 0].diff()
     first_head = sum(tile * int(sizes[row].sum()) for tile, row in zip(tiles, rewritten.block_map[0, 0], strict=True))
     assert 0 < first_head < rewritten.keys_read()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_variant_launches_at_the_real_shapes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors of an imagined GPU: nothing is read back, and the lists fit into the default workspace."""
+    from bench.gpu import rewritten
+    from bench.gpu.part_attention import VARIANTS
+    from svg2_compile.kernels.triton import implementation
+    from svg2_compile.kernels.triton.rehearsal import record_launches
+
+    monkeypatch.setattr(rewritten, "ops", implementation)
+    shape = SHAPES[name]
+    size = (1, shape.num_tokens, shape.num_heads, shape.head_dim)
+    with record_launches() as (_, launches):
+        tokens = [torch.empty(size, dtype=shape.dtype, device="cuda").transpose(1, 2) for _ in range(3)]
+        inputs = make_inputs(shape, (tokens[0], tokens[1], tokens[2]))
+        counts = {}
+        for label, settings in VARIANTS.items():
+            del launches[:]
+            variant = Rewritten(shape, inputs, settings)
+            assert variant.out.shape == tokens[0].shape and variant.out.stride() == tokens[0].stride()
+            counts[label] = len(launches)
+        plain = counts["density 25 %"]
+        assert counts["25 %, keys gathered by k_order"] < plain < counts["25 %, compensation"]
+        assert counts["25 %, compensation"] < counts["25 %, compensation, error routing"]
 
 
 def test_flex_computes_the_asked_share_of_blocks() -> None:

@@ -4,6 +4,7 @@
     python -m bench.gpu --quick          the main shape alone, few repeats; writes only with --out
     python -m bench.gpu --only kmeans    the units whose name contains "kmeans", after the gate
     python -m bench.gpu --rehearse       the same code with tiny shapes on the CPU; writes only with --out
+    TRITON_INTERPRET=1 python -m bench.gpu --rehearse --budget 3000       and with the Triton kernels, interpreted
 
 Units run in order of importance. What does not fit into the budget, or cannot run here, is recorded as "not measured"
 with its reason. A unit that fails is recorded with its error, the others still run, and the exit code is 1.
