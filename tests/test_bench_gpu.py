@@ -48,6 +48,10 @@ def test_rehearsal_runs_everything_and_leaves_the_results_alone(
     # flash-kmeans is measured beside ours, so its absence is noted within a unit that was measured.
     assert {name for name, unit in units.items() if unit["status"] != "measured"} == {"flashinfer wan2.1-14b-720p"}
     assert "rehearsal" in printed and all(label in printed for label, *_ in GOALS)
+    pytest.importorskip("matplotlib")
+    from bench.gpu.plots import plot_device
+
+    assert plot_device("cpu", tmp_path, tmp_path).stat().st_size > 10_000
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
