@@ -48,7 +48,8 @@ def _store_centroid(
     """Write one centroid float32 [BLOCK_D], zero beyond WIDTH, in both forms."""
     column = tl.arange(0, BLOCK_D)
     row = group * num_clusters + cluster
-    tl.store(centroids + row * WIDTH + column, centroid, mask=(column < WIDTH) & (cluster < num_clusters))
+    width = tl.where(cluster < num_clusters, WIDTH, 0)  # a padding row is no centroid
+    tl.store(centroids + row * WIDTH + column, centroid, mask=column < width)
     rounded = centroid.to(prepared.dtype.element_ty)
     exact = rounded.to(tl.float32)
     half_norm = tl.sum(exact * exact, 0) * 0.5
@@ -89,7 +90,7 @@ def _start(
     """The first centroids: those given where ``seeded``, else evenly spread tokens."""
     cluster, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    real = (column < WIDTH) & (cluster < num_clusters)
+    real = column < tl.where(cluster < num_clusters, WIDTH, 0)
     if tl.load(seeded) != 0:
         row = group * num_clusters + cluster
         centroid = tl.load(given + row * WIDTH + column, mask=real, other=0.0)
