@@ -11,7 +11,7 @@ import operator
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from svg2_compile.backend import device_of
 from svg2_compile.config import Svg2Config
 from svg2_compile.export.archive import ArchiveReader, ArchiveWriter
 from svg2_compile.export.errors import ExportError
@@ -30,6 +31,7 @@ from svg2_compile.export.serde import expression_from_text
 from svg2_compile.export.transformed import MakeGraph, TransformedProgram, check_transformed
 from svg2_compile.inner_backend import inductor_problem
 from svg2_compile.passes.fake_values import fake_mode_of
+from svg2_compile.passes.fx_utils import bind_arguments
 
 __all__ = ["package", "packaged_graphs"]
 
@@ -53,16 +55,17 @@ def package(program: TransformedProgram, path: str | os.PathLike[str]) -> None:
             existing folder.
     """
     check_transformed(program)
-    device = program.spec.device if program.spec is not None else torch.device("cpu")
+    _check_program(program)
+    device = device_of(flat_module(program.dense))
     problem = inductor_problem(device.type)
     if problem is not None:
         raise ExportError(f"program: AOTInductor cannot compile for {device.type} here: {problem}.")
-    _check_inputs(program)
+    writer = ArchiveWriter(Path(path))
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "compiled.pt2"
         assumed = _compile(program, compiled)
         code = compiled.read_bytes()
-    with ArchiveWriter(Path(path)) as writer:
+    with writer:
         tensors = write_program(writer, program)
         writer.add(_ENTRY, code)
         made_for = {"torch": _torch_release(), "machine": _machine(device.type)}
@@ -108,7 +111,13 @@ class PackagedGraph(ExportedGraph):
     def _compile(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         run = self._load()
         self._assumed = self._known
-        return lambda *args: run([self._length(arg) if isinstance(arg, int) else arg for arg in args])
+        outputs = _outputs(gm)
+
+        def call(*args: Any) -> tuple[Any, ...]:
+            tensors = iter(run([self._length(arg) if isinstance(arg, int) else arg for arg in args]))
+            return tuple(next(tensors) if isinstance(item, fx.Node) else item for item in outputs)
+
+        return call
 
     def _length(self, number: int) -> torch.Tensor:
         if number not in self._lengths:
@@ -117,10 +126,38 @@ class PackagedGraph(ExportedGraph):
         return self._lengths[number]
 
 
-def _check_inputs(program: TransformedProgram) -> None:
+def _check_program(program: TransformedProgram) -> None:
     for leaf in program.signature.leaves:
         if not leaf.is_constant and not isinstance(leaf.example, torch.Tensor):
             raise ExportError(f"program: {leaf.name} is a number that may change; AOTInductor takes tensors only.")
+    gm = flat_module(program.dense)
+    changed = sorted({str(base.target) for node in gm.graph.nodes for base in _written(node) if base.op == "get_attr"})
+    if changed:
+        raise ExportError(f"program: changes its buffers {changed}, which AOTInductor would do to copies of them.")
+    for item in _outputs(gm):
+        if isinstance(item, fx.Node) and not isinstance(item.meta.get("val"), torch.Tensor):
+            raise ExportError(f"program: returns the number {item.name}; AOTInductor returns tensors only.")
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    """What an operator writes to: the tensors whose memory its arguments are views of."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return
+    given = bind_arguments(node, ())
+    for argument in node.target._schema.arguments:
+        base = given.get(argument.name)
+        if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(base, fx.Node):
+            continue
+        while isinstance(base.target, torch._ops.OpOverload) and base.target._schema.returns[0].alias_info is not None:
+            base = base.all_input_nodes[0]
+        yield base
+
+
+def _outputs(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """What a graph returns: nodes, and constants such as None."""
+    outputs = gm.graph.output_node().args[0]
+    assert isinstance(outputs, (tuple, list))
+    return tuple(outputs)
 
 
 def _compile(program: TransformedProgram, target: Path) -> dict[str, list[str]]:
@@ -134,7 +171,7 @@ def _compile(program: TransformedProgram, target: Path) -> dict[str, list[str]]:
     for which, graph in (("dense", program.dense), ("sparse", program.sparse)):
         if graph is None:
             continue
-        gm = _with_tensor_inputs(flat_module(graph))
+        gm = _with_tensors_only(flat_module(graph))
         with torch.no_grad(), new_guards(gm) as guards:
             made = aot_compile(gm, tuple(fake_inputs(gm)), options=options)
         assert isinstance(made, list)
@@ -144,11 +181,12 @@ def _compile(program: TransformedProgram, target: Path) -> dict[str, list[str]]:
     return assumed
 
 
-def _with_tensor_inputs(gm: fx.GraphModule) -> fx.GraphModule:
-    """Every number among the inputs becomes the length of a tensor less one, in place.
+def _with_tensors_only(gm: fx.GraphModule) -> fx.GraphModule:
+    """Constants leave the outputs, and every number among the inputs becomes the length of a tensor less one, in place.
 
     Less one, because compilers take lengths of one for a special case.
     """
+    gm.graph.output_node().args = (tuple(item for item in _outputs(gm) if isinstance(item, fx.Node)),)
     device = next(value.device for value in fake_inputs(gm) if isinstance(value, torch.Tensor))
     for node in gm.graph.find_nodes(op="placeholder"):
         number = node.meta["val"]

@@ -45,18 +45,20 @@ class ArchiveWriter:
     """Writes entries, then the manifest. As a context manager: nothing appears under ``path`` unless all went well.
 
     Args:
-        path: the final name. Its folder must exist.
+        path: the final name.
+
+    Raises:
+        ExportError: its folder does not exist, or it is a folder itself.
     """
 
     def __init__(self, path: Path) -> None:
+        if not path.parent.is_dir() or path.is_dir():
+            raise ExportError(f"path: {path} is no file name in an existing folder.")
         self.path = path
         self._entries: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> ArchiveWriter:
-        folder = self.path.parent
-        if not folder.is_dir() or self.path.is_dir():
-            raise ExportError(f"path: {self.path} is no file name in an existing folder.")
-        self._temporary = folder / f".{self.path.name}.{secrets.token_hex(6)}.part"
+        self._temporary = self.path.parent / f".{self.path.name}.{secrets.token_hex(6)}.part"
         self._file = self._temporary.open("x+b")
         self._zip = zipfile.ZipFile(self._file, "w", allowZip64=True)
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.export import Dim
 from typer.testing import CliRunner
 
 import svg2_compile
@@ -17,6 +18,7 @@ from svg2_compile.export.aoti import PackagedGraph
 from svg2_compile.export.archive import MANIFEST
 from svg2_compile.inner_backend import inductor_problem
 from tests.export.programs import block, block_inputs, exported_block
+from tests.export.test_call import Counting, WithNumber
 from tests.support import SELECTION, assert_close
 
 pytestmark = [
@@ -29,7 +31,7 @@ pytestmark = [
 def files(tmp_path_factory) -> Path:
     """saved.pt2, a block with any number of tokens, and packaged.pt2, what svg2 package makes of it."""
     folder = tmp_path_factory.mktemp("package")
-    dynamic = ({1: torch.export.Dim("tokens", min=16, max=4096)}, None)
+    dynamic = ({1: Dim("tokens", min=16, max=4096)}, None)
     source = torch.export.export(block(), block_inputs(), dynamic_shapes=dynamic)
     program = svg2_compile.transform(source, **{**SELECTION, "dense_steps": 1, "step_iters": 1})
     svg2_compile.save(program, folder / "saved.pt2")
@@ -105,3 +107,19 @@ def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr("svg2_compile.export.aoti.inductor_problem", lambda device: "no C++ compiler found")
     with pytest.raises(ExportError, match="AOTInductor cannot compile for cpu here: no C\\+\\+ compiler found"):
         svg2_compile.package(svg2_compile.transform(exported_block(), **SELECTION), tmp_path / "x.pt2")
+
+
+def test_what_cannot_be_packaged(tmp_path):
+    """Found before a compilation."""
+    numbered = torch.export.export(
+        block(WithNumber), (*block_inputs(), 3), dynamic_shapes={"video": None, "time": None, "number": Dim.DYNAMIC}
+    )
+    counting = torch.export.export(block(Counting), block_inputs())
+    for source, message in (
+        (numbered, "number is a number that may change"),
+        (counting, r"changes its buffers \['calls"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            svg2_compile.package(svg2_compile.transform(source, **SELECTION), tmp_path / "x.pt2")
+    with pytest.raises(ExportError, match="no file name in an existing folder"):
+        svg2_compile.package(svg2_compile.transform(exported_block(), **SELECTION), tmp_path / "no" / "x.pt2")
