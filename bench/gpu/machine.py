@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,6 +76,20 @@ class Machine:
         growth = torch.cuda.max_memory_allocated(self.device) - before
         return round((growth - sum(result.nbytes for result in results)) / 2**20, 1)
 
+    def host_synchronisations(self, function: Callable[[], object]) -> int | None:
+        """How often ``function``, which must be warm, waits for the device, as PyTorch sees it. None on a CPU."""
+        if not self.is_cuda:
+            return None
+        self.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                function()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("called a synchronizing" in str(warning.message) for warning in caught)
+
     def captured(self, function: Callable[[], object]) -> Callable[[], object]:
         """``function`` as the replay of a CUDA graph; itself on a CPU."""
         if not self.is_cuda:
@@ -87,7 +102,12 @@ class Machine:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             function()
-        return graph.replay
+
+        def replay() -> object:
+            graph.replay()
+            return function  # the graph reads tensors that only the function holds: they live as long as the replay
+
+        return replay
 
     def synchronize(self) -> None:
         if self.is_cuda:

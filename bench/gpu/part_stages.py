@@ -59,6 +59,7 @@ def _describe(
         "density": round(density, 4),
         **times(timings[label]),
         "launch_ms": context.machine.launch_ms(variant.run),
+        "host_synchronisations": context.machine.host_synchronisations(variant.run),
         "speedup": round(dense.median_ms / timings[label].median_ms, 3),
         "stages": {stage: times(timing) for stage, timing in own.items()},
         "share_of_dense": {stage: round(timing.median_ms / dense.median_ms, 5) for stage, timing in own.items()},

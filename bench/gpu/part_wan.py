@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import Timing
 from bench.gpu.context import Context
@@ -68,7 +68,9 @@ def wan_block(context: Context, name: str) -> dict[str, Any]:
     step = _build(context)
     backend = "eager" if context.rehearsal else "inductor"
     repeats = max(2, context.repeats // 2)
-    with torch.no_grad(), sdpa_kernel(dense_kernel.backend):
+    # The best dense kernel for self-attention; another where it does not take a cross-attention.
+    kernels = [dense_kernel.backend, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch.no_grad(), sdpa_kernel(kernels, set_priority=True):
         # The blocks alone, as the sparse model is compiled below.
         step.model.compile_repeated_blocks(backend=backend, fullgraph=True)  # type: ignore[operator]
         before = _denoise(context, step, repeats)

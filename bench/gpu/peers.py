@@ -24,8 +24,9 @@ class NotMeasured(Exception):
 
 
 def _need(module: str) -> Any:
-    if importlib.util.find_spec(module.split(".")[0]) is None:
-        raise NotMeasured(f"{module} is not installed")
+    package = module.split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise NotMeasured(f"{package} is not installed")
     return importlib.import_module(module)
 
 
@@ -79,7 +80,7 @@ def make_flex(query: Tensor, key: Tensor, value: Tensor, density: float) -> Flex
         seq_lengths=(num_tokens, num_tokens),
         compute_q_blocks=False,
     )
-    compiled: Any = torch.compile(flex_attention, fullgraph=True) if query.is_cuda else flex_attention
+    compiled: Any = torch.compile(flex_attention, fullgraph=True, dynamic=False) if query.is_cuda else flex_attention
     tokens = [x[:, :, :num_tokens].contiguous() for x in (query, key, value)]
     return FlexPeer(lambda: compiled(*tokens, block_mask=block_mask), num_tokens, kept / num_blocks, blocks)
 
