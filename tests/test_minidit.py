@@ -13,12 +13,14 @@ pytest.importorskip("diffusers")
 pytest.importorskip("skimage")
 pytest.importorskip("PIL")
 
-from bench.minidit import model as minidit
-from bench.minidit import prompts, stages, train
-from bench.minidit.data import VideoSize, make_batch, make_video, shape_distance
+from bench.minidit import stages, train
+from bench.minidit.data import make_batch, make_video, shape_distance
 from bench.minidit.export import export
 from bench.minidit.optim import learning_rate_factor
 from bench.minidit.sample import contact_sheet
+from svg2_compile.minidit import model as minidit
+from svg2_compile.minidit import prompts
+from svg2_compile.minidit.model import VideoSize
 
 SIZE = VideoSize(6, 32, 32)
 

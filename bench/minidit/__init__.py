@@ -1,4 +1,4 @@
-"""A small video diffusion transformer, trained on synthetic video, to measure sparse attention on.
+"""How the small video transformer of ``svg2_compile.minidit`` is trained: on synthetic video, made as it trains.
 
-``prompts`` is its language, ``data`` makes its videos, ``model`` loads and samples it, ``train`` trains it.
+``data`` and ``textures`` make the videos, ``stages`` is the curriculum, ``train`` trains, ``export`` writes weights.
 """

@@ -10,32 +10,20 @@ keep their grain in pixels (growing slowly with the frame). A picture's layers a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bench.minidit.prompts import COLOURS, DIRECTIONS, ObjectWords, Prompt, encode_prompt, random_prompt
 from bench.minidit.textures import background_pictures, surface_pictures
+from svg2_compile.minidit.model import VideoSize
+from svg2_compile.minidit.prompts import COLOURS, DIRECTIONS, ObjectWords, Prompt, encode_prompt, random_prompt
 
 RADIUS = (0.17, 0.28)
 """Smallest and largest radius of an object, as a fraction of the shorter edge."""
 
 TRAVEL = (0.35, 0.75)
 """How far an object or the camera moves over the whole clip, in the same unit."""
-
-
-@dataclass(frozen=True)
-class VideoSize:
-    frames: int
-    height: int
-    width: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens at the model's patch of 1 x 4 x 4 pixels."""
-        return self.frames * (self.height // 4) * (self.width // 4)
 
 
 def _uniform(low: float, high: float, generator: Generator) -> float:

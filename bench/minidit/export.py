@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.minidit.model import save_weights
+from svg2_compile.minidit.model import save_weights
 
 MAX_BYTES = 16_000_000
 

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.minidit.data import VideoSize
-from bench.minidit.model import load_model, sample_videos
+from svg2_compile.minidit.model import VideoSize, load_model, sample_videos
 
 PROMPTS = (
     "red brick disc right, background grass, camera still",

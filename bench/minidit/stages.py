@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from bench.minidit.data import VideoSize
+from svg2_compile.minidit.model import VideoSize
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from bench.minidit.data import VideoSize, make_batch
-from bench.minidit.model import TIMESTEPS, build_model, shifted, timestep_shift
+from bench.minidit.data import make_batch
 from bench.minidit.optim import WeightAverage, build_optimizers, learning_rate_factor, set_learning_rate
 from bench.minidit.stages import choice_at, stage_at
+from svg2_compile.minidit.model import TIMESTEPS, VideoSize, build_model, shifted, timestep_shift
 
 CLIP_NORM = 1.0
 UNIFORM_TIMES = 0.15

@@ -7,17 +7,33 @@ predicts the velocity ``noise - video`` of ``x_t = (1 - t) video + t noise``; it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench.minidit.data import VideoSize
-from bench.minidit.prompts import TEXT_DIM, Prompt, encode_prompt
+from svg2_compile.minidit.prompts import TEXT_DIM, Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+
+@dataclass(frozen=True)
+class VideoSize:
+    """Pixels of a video; height and width are multiples of four."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens at the model's patch of 1 x 4 x 4 pixels."""
+        return self.frames * (self.height // 4) * (self.width // 4)
+
 
 CONFIG: dict[str, Any] = {
     "patch_size": (1, 4, 4),
@@ -34,6 +50,9 @@ CONFIG: dict[str, Any] = {
 }
 """5.1 M parameters, 10.3 MB in 16 bits."""
 
+WEIGHTS = Path(__file__).with_name("weights.safetensors")
+"""What the package ships: trained by ``bench.minidit``."""
+
 TIMESTEPS = 1000
 INITIAL_QK_GAIN = 1.3
 """Queries and keys have length sqrt(32) times their gain, so a perfect match scores 5.7 gain^2 above an average key:
@@ -42,6 +61,8 @@ at a gain of one, too little to find one key among thousands. Training raises th
 
 def build_model() -> WanTransformer3DModel:
     """A new model with random float32 weights. It predicts zero, and its blocks start near the identity."""
+    from diffusers import WanTransformer3DModel
+
     model = WanTransformer3DModel(**CONFIG)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm_q.weight", "norm_k.weight")) and ".attn1." in name:
@@ -55,14 +76,19 @@ def build_model() -> WanTransformer3DModel:
 
 def save_weights(state: dict[str, Tensor], path: str | Path, dtype: torch.dtype = torch.float16) -> None:
     """Write weights as safetensors of ``dtype``."""
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, str(path), metadata={"format": "pt"})
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path = WEIGHTS, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> WanTransformer3DModel:
     """The model with the weights of a safetensors file, ready for inference."""
+    from diffusers import WanTransformer3DModel
+    from safetensors.torch import load_file
+
     model = WanTransformer3DModel(**CONFIG)
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(str(path)).items()})
     return model.to(device, dtype).eval().requires_grad_(False)
@@ -83,6 +109,8 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 def make_scheduler(tokens: int, steps: int) -> FlowMatchEulerDiscreteScheduler:
     """An Euler scheduler of the training's noise levels, with its ``steps`` timesteps set."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=timestep_shift(tokens))
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
     return scheduler
