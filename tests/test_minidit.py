@@ -126,7 +126,8 @@ def test_noise_levels() -> None:
 
 
 def test_scheduler_follows_the_training_noise_levels() -> None:
-    scheduler = minidit.make_scheduler(4096, 10)
+    scheduler = minidit.make_scheduler(4096)
+    minidit.set_noise_levels(scheduler, 10)
     expected = minidit.shifted(torch.linspace(1, 0.1, 10), minidit.timestep_shift(4096))
     torch.testing.assert_close(scheduler.sigmas[:-1], expected)
     torch.testing.assert_close(scheduler.timesteps, expected * minidit.TIMESTEPS)
@@ -169,8 +170,13 @@ def test_export_and_sample(tmp_path: Path) -> None:
     loaded = minidit.load_model(weights)
     video = minidit.sample_video(loaded, "red brick disc left", 0, frames=2, height=16, width=24, steps=2)
     assert video.shape == (3, 2, 16, 24) and video.isfinite().all()
-    again = minidit.sample_video(loaded, "red brick disc left", 0, frames=2, height=16, width=24, steps=2)
-    assert torch.equal(video, again)
+    size, steps = VideoSize(2, 16, 24), []
+    scheduler = minidit.make_scheduler(size.tokens)
+    again = minidit.sample_videos(
+        loaded, ["red brick disc left"], [0], size, 2, scheduler=scheduler, after_step=steps.append
+    )
+    assert steps == [0, 1] and len(scheduler.timesteps) == 2
+    assert torch.equal(video, again[0])
     assert contact_sheet(video[None], zoom=1).size == (48, 16)
 
 

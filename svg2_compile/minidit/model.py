@@ -6,7 +6,7 @@ predicts the velocity ``noise - video`` of ``x_t = (1 - t) video + t noise``; it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,13 +107,16 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def make_scheduler(tokens: int, steps: int) -> FlowMatchEulerDiscreteScheduler:
-    """An Euler scheduler of the training's noise levels, with its ``steps`` timesteps set."""
+def make_scheduler(tokens: int) -> FlowMatchEulerDiscreteScheduler:
+    """An Euler scheduler of the training's noise levels for videos of ``tokens`` tokens."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=timestep_shift(tokens))
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, shift=timestep_shift(tokens))
+
+
+def set_noise_levels(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> None:
+    """Set ``steps`` evenly spaced noise levels, from pure noise on, which the scheduler shifts."""
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
-    return scheduler
 
 
 def initial_noise(seed: int, size: VideoSize) -> Tensor:
@@ -130,11 +133,17 @@ def sample_videos(
     size: VideoSize,
     steps: int = 30,
     guidance: float = 3.0,
+    scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Sample one video per prompt and seed, with classifier-free guidance.
 
     ``model`` is the transformer or anything that is called like it (compiled, say). With a guidance of one, the empty
     condition is not evaluated.
+
+    Args:
+        scheduler: one that somebody else watches (``enable(model, scheduler=...)``); its timesteps are set here.
+        after_step: called with the index of every step once it is done.
 
     Returns:
         (len(prompts), 3, frames, height, width) float32 in [-1, 1] on the CPU.
@@ -144,8 +153,9 @@ def sample_videos(
     videos = torch.cat([initial_noise(seed, size) for seed in seeds])
     asked = torch.stack([encode_prompt(prompt) for prompt in prompts]).to(device, dtype)
     empty = encode_prompt(None).expand_as(asked).to(device, dtype)
-    scheduler = make_scheduler(size.tokens, steps)
-    for timestep in scheduler.timesteps:
+    scheduler = scheduler or make_scheduler(size.tokens)
+    set_noise_levels(scheduler, steps)
+    for step, timestep in enumerate(scheduler.timesteps):
         times = timestep.to(device).expand(len(videos))
         latents = videos.to(device, dtype)
         velocity = model(latents, times, asked, return_dict=False)[0].float()
@@ -153,6 +163,8 @@ def sample_videos(
             unguided = model(latents, times, empty, return_dict=False)[0].float()
             velocity = unguided + guidance * (velocity - unguided)
         videos = scheduler.step(velocity.cpu(), timestep, videos, return_dict=False)[0]
+        if after_step is not None:
+            after_step(step)
     return videos.clamp(-1, 1)
 
 
