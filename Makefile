@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := test,diffusers,plots
+EXTRAS := test,diffusers,plots,quality
 # Models in tests and demo are built from configurations: nothing is to be fetched at run time.
 RUN    := HF_HUB_OFFLINE=1 $(BIN)/python
 
