@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,13 @@ def test_compiled_graphs_use_the_blocks_at_run_time() -> None:
     """One compiled graph, three labellings: which one holds is decided when it runs."""
     torch.manual_seed(0)
     model, grid = _SelfAttention().eval(), (4, 8, 8)
-    options = {"density": 0.3, "min_tokens": 0, "dense_steps": 0, "dense_layers": 0, "inner_backend": "eager"}
+    options: dict[str, Any] = {
+        "density": 0.3,
+        "min_tokens": 0,
+        "dense_steps": 0,
+        "dense_layers": 0,
+        "inner_backend": "eager",
+    }
     clusters = {"num_q_clusters": 4, "num_k_clusters": 9}
     x = torch.randn(2, 256, 16)
     with torch.no_grad():

@@ -1,0 +1,131 @@
+"""Sparse attention on the attentions of the trained model, layer by layer: clusters by meaning, and error-aware routing
+(SVG-EAR, arXiv 2603.08982)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+from bench.minidit.sample import PROMPTS
+from bench.quality.capture import Attention, watch_attention
+from bench.quality.clusters import Budget, Clustering, SparseAttention, cluster, cluster_by_position
+from bench.quality.exact import block_mass
+from bench.quality.measure import error_curves, interpolate, recall_curves, require_exact
+from svg2_compile.kernels.cpu_select import _log_errors
+from svg2_compile.minidit.model import CONFIG, WEIGHTS, VideoSize, load_model
+
+pytestmark = pytest.mark.skipif(not WEIGHTS.exists(), reason="needs the trained weights")
+
+SIZE, GRID = VideoSize(8, 48, 48), (8, 12, 12)
+COUNTS = (10, 25)  # what the compiler chooses for this many tokens
+DENSITIES = (0.1, 0.25, 0.4)
+LAYERS = range(CONFIG["num_layers"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def attentions() -> list[Attention]:
+    """Every layer's attention in the middle of the sampling."""
+    taken: list[Attention] = []
+    watch_attention(load_model(), PROMPTS[1], 0, SIZE, 6, 3.0, (3,), taken.append)
+    return taken
+
+
+@pytest.fixture(scope="module")
+def semantic(attentions: list[Attention]) -> list[Clustering]:
+    return [cluster(attention, COUNTS, 50) for attention in attentions]
+
+
+def test_all_blocks_selected_is_dense_in_every_variant(attentions: list[Attention], semantic: list[Clustering]) -> None:
+    for layer in (LAYERS[0], LAYERS[-1]):
+        assert require_exact(attentions[layer], {"svg2": semantic[layer]}) < 2e-5
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_compensation_with_error_routing_beats_plain_selection(
+    layer: int, attentions: list[Attention], semantic: list[Clustering]
+) -> None:
+    curves = error_curves(attentions[layer], {"svg2": semantic[layer]}, DENSITIES)
+    for density in DENSITIES:
+        plain, routed = (interpolate(curves[name], "error", density) for name in ("svg2", "svg2+comp+ear"))
+        assert routed < 0.9 * plain, f"layer {layer}, density {density}"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_clusters_by_meaning_recall_more_than_runs_of_tokens(
+    layer: int, attentions: list[Attention], semantic: list[Clustering]
+) -> None:
+    attention = attentions[layer]
+    clusterings = {"svg2": semantic[layer], "raster": cluster_by_position(attention, COUNTS, "raster", GRID)}
+    curves = recall_curves(attention, clusterings, DENSITIES)
+    for density in DENSITIES:
+        by_meaning, by_position = (interpolate(curves[name]["density"], "recall", density) for name in clusterings)
+        assert by_meaning > by_position, f"layer {layer}, density {density}"
+
+
+def test_selected_mass_is_estimated_well(attentions: list[Attention], semantic: list[Clustering]) -> None:
+    """The selection sees centroids only; one who knows the exact mass of every block recalls little more."""
+    for attention, clustering in zip(attentions, semantic, strict=True):
+        curves = recall_curves(attention, {"svg2": clustering}, DENSITIES)["svg2"]
+        for density in DENSITIES:
+            known, estimated = (interpolate(curves[mode], "recall", density) for mode in ("oracle", "density"))
+            assert known - 0.1 < estimated <= known + 0.02
+
+
+def _member_errors(attention: Attention, sparse: SparseAttention, head: int) -> Tensor:
+    """e_ij by its definition, in float64, for every query i of a head instead of the centroid: [N, Ck]."""
+    clusters = sparse.clustering.key
+    labels = clusters.labels[0, head].long()
+    query, key, value = (x[0, head].double() for x in (attention.query, attention.key, attention.value))
+    exact = torch.exp(query @ key.T * attention.scale)
+    mean = torch.exp(query @ clusters.centroids[0, head].double().T * attention.scale)[:, labels]
+    v_mean = sparse.v_centroids[0, head].double()[labels]
+    # |a v - b w|^2 = a^2 v.v - 2 a b v.w + b^2 w.w
+    parts = exact.square() * value.square().sum(-1) - 2 * exact * mean * (value * v_mean).sum(-1)
+    errors = parts + mean.square() * v_mean.square().sum(-1)
+    return torch.zeros(query.shape[0], COUNTS[1], dtype=torch.float64).index_add_(1, labels, errors)
+
+
+def test_error_estimate_against_the_exact_error(attentions: list[Attention], semantic: list[Clustering]) -> None:
+    """The centroid stands in for its queries: exact for queries that equal it, a fair ranking for real ones."""
+    attention, clustering = attentions[4], semantic[4]
+    sparse, head = SparseAttention(attention, clustering), 2
+    offsets = clustering.key.offsets.diff(dim=-1)[0, head, : COUNTS[1]]
+    means = (clustering.key.centroids[0, head], sparse.v_centroids[0, head])
+
+    def estimate(queries: Tensor) -> Tensor:
+        return _log_errors(queries, sparse.key[0, head], sparse.value[0, head], *means, offsets, attention.scale)
+
+    exact = _member_errors(attention, sparse, head)
+    torch.testing.assert_close(estimate(attention.query[0, head]).double(), exact.log(), atol=1e-3, rtol=1e-4)
+
+    # Per query cluster: the error of its members, each relative to its own softmax, against the centroid's estimate.
+    normaliser = torch.exp(attention.query[0, head].double() @ attention.key[0, head].double().T * attention.scale).sum(
+        1
+    )
+    relative = exact / normaliser.square().unsqueeze(1)
+    labels = clustering.query.labels[0, head].long()
+    of_members = torch.zeros(COUNTS[0], COUNTS[1], dtype=torch.float64).index_add_(0, labels, relative)
+    of_centroid = estimate(clustering.query.centroids[0, head])
+    for row in range(COUNTS[0]):
+        ranks = torch.stack([of_members[row].log(), of_centroid[row].double()]).argsort(dim=-1).argsort(dim=-1)
+        assert float(torch.corrcoef(ranks.double())[0, 1]) > 0.7
+
+
+def test_masses_are_those_of_the_whole_softmax(attentions: list[Attention], semantic: list[Clustering]) -> None:
+    (mass,) = block_mass(attentions[0], [semantic[0]])
+    assert mass.sum(dim=(1, 2)).tolist() == pytest.approx([1.0] * CONFIG["num_attention_heads"], abs=1e-4)
+    sparse = SparseAttention(attentions[0], semantic[0])
+    assert sparse.density(sparse.select(Budget(0.25))) == pytest.approx(0.25, abs=0.06)
