@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.common import write_results
 from bench.export import files, speed
+from svg2_compile.minidit.model import VideoSize
 
 QUICK_MODELS = ("wan_t2v", "ltx_video")
 
@@ -36,8 +37,9 @@ def main() -> None:
             for layers in (2,) if options.quick else (10, 40):
                 results.append(_shown(files.depth_row(layers, folder)))
         if options.only in (None, "speed"):
-            for frames in (1,) if options.quick else (8, 16):
-                results.append(_shown(speed.row(frames, folder, with_package=not options.quick)))
+            for frames in (2,) if options.quick else (8, 16):
+                size = VideoSize(frames, 64, 64)
+                results.append(_shown(speed.row(size, folder, with_package=not options.quick)))
     if not options.quick and options.only is None:
         print(write_results("export", results))
 

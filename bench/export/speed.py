@@ -1,4 +1,4 @@
-"""How fast a file runs: dense and sparse steps of the demo's model, against the torch.compile door."""
+"""How fast a file runs: dense and sparse steps of the small trained model, against the torch.compile door."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 
 import svg2_compile
 from bench.common import measure, require_close
-from svg2_compile.demo import DemoOptions, demo_inputs, demo_model, demo_settings
+from bench.minidit.sample import PROMPTS
+from svg2_compile.minidit.model import VideoSize, initial_noise, load_model
+from svg2_compile.minidit.prompts import encode_prompt
 
 REPEATS = 5
+SETTINGS = {"dense_steps": 1, "dense_layers": 0, "min_tokens": 0, "init_iters": 10, "inner_backend": "inductor"}
 # One dense step, then sparse ones; every measured video has both.
 TIMESTEPS = (900.0, 700.0, 500.0)
 # Two orders of summation may let a tie in k-means fall differently: a few tokens then attend to other blocks.
@@ -23,18 +26,19 @@ SAME_SELECTION = 2e-2
 Call = Callable[[float], torch.Tensor]
 
 
-def row(frames: int, folder: Path, with_package: bool) -> dict[str, Any]:
+def row(size: VideoSize, folder: Path, with_package: bool) -> dict[str, Any]:
     """Median times of one step by every door: torch.compile, the loaded file and, if wanted, the package."""
-    options = DemoOptions(frames=frames)
-    model = demo_model(options)
-    noise, (prompt, _) = demo_inputs(options)
-    inputs = {"hidden_states": noise, "encoder_hidden_states": prompt, "return_dict": False}
-    settings = {**demo_settings(options), "dense_steps": 1, "inner_backend": options.inner_backend}
+    model = load_model()
+    inputs = {
+        "hidden_states": initial_noise(0, size),
+        "encoder_hidden_states": encode_prompt(PROMPTS[0])[None],
+        "return_dict": False,
+    }
     with torch.no_grad():
         exported = torch.export.export(model, (), {**inputs, "timestep": torch.tensor([TIMESTEPS[0]])})
-        program = svg2_compile.transform(exported, **settings)
+        program = svg2_compile.transform(exported, **SETTINGS)
         svg2_compile.save(program, folder / "saved.pt2")
-        compiled = torch.compile(model, backend="svg2", options=settings)
+        compiled = torch.compile(model, backend="svg2", options=SETTINGS)
         doors = {
             "torch_compile": _call(compiled, inputs),
             "file": _call(svg2_compile.load(folder / "saved.pt2"), inputs),
@@ -51,9 +55,9 @@ def row(frames: int, folder: Path, with_package: bool) -> dict[str, Any]:
         times = {step: _step_times(doors, svg2_compile.reset, step) for step in ("dense", "sparse")}
     return {
         "part": "speed",
-        "tokens": options.tokens,
-        "layers": options.layers,
-        "inner_backend": options.inner_backend,
+        "tokens": size.tokens,
+        "layers": len(model.blocks),
+        "inner_backend": SETTINGS["inner_backend"],
         "mean_density": round(svg2_compile.report(model).mean_density or 0.0, 4),
         "relative_error": float(f"{max(errors):.1e}"),
         **{f"{step}_step": times[step] for step in times},

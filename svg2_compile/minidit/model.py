@@ -91,7 +91,8 @@ def load_model(
 
     model = WanTransformer3DModel(**CONFIG)
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(str(path)).items()})
-    return model.to(device, dtype).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    return model if dtype == torch.float32 else model.to(dtype)
 
 
 def timestep_shift(tokens: int) -> float:

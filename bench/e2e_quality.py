@@ -1,0 +1,113 @@
+"""The trained model end to end: total time dense and sparse, PSNR, density, and where the time of sparse steps goes.
+
+    python -m bench.e2e_quality            8,192 and 16,384 tokens, 20 steps; JSON in bench/results/e2e_quality.json
+    python -m bench.e2e_quality --quick    a small video, few steps; writes nothing
+
+A pair as ``svg2 compare`` runs it: same noise, same compiled dense graph, same inner backend (Inductor), no compilation
+in the times. A loop's steps are its repetitions: times are given as sums, and as median and spread over the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.common import Timing, write_results
+from bench.minidit.sample import PROMPTS
+from svg2_compile.api import enable
+from svg2_compile.compare.density import sparse_steps
+from svg2_compile.compare.paired import compare_subject
+from svg2_compile.compare.subjects import shipped_subject
+from svg2_compile.minidit.model import VideoSize, load_model, make_scheduler, sample_videos
+
+SIZES = (VideoSize(32, 64, 64), VideoSize(16, 128, 128))
+PROMPT, SEED, GUIDANCE = PROMPTS[1], 7, 3.0
+STAGES = {
+    "kmeans": ("kmeans",),
+    "selection": ("select_blocks", "select_blocks_by_error"),
+    "permutation": ("cluster_order", "permute_tokens", "unpermute_tokens", "cluster_means"),
+    "attention": ("block_sparse_attention",),
+    "statistics": ("block_density",),
+}
+"""Operators by what they are part of; everything else is "rest": projections, feed-forward, cross-attention ..."""
+
+
+def stage_shares(size: VideoSize, options: dict[str, Any]) -> dict[str, float]:
+    """Share of the time of sparse steps by stage, from the profiler, over two steps after the cold start."""
+    torch._dynamo.reset()
+    model, scheduler = load_model(), make_scheduler(size.tokens)
+    recorded = profile(activities=[ProfilerActivity.CPU])
+    ticks = itertools.count()
+
+    def start_after_first_step(_: int) -> None:
+        if next(ticks) == 0:
+            recorded.start()
+
+    with enable(model, scheduler=scheduler, **{**options, "dense_steps": 0, "min_tokens": 0}):
+        sample_videos(model, [PROMPT], [SEED], size, 3, GUIDANCE, scheduler, start_after_first_step)
+        recorded.stop()
+    events = recorded.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    spent = {event.key.removeprefix("svg2::"): event.cpu_time_total for event in events if "svg2::" in event.key}
+    shares = {stage: sum(spent.get(name, 0.0) for name in names) / total for stage, names in STAGES.items()}
+    return {name: round(share, 4) for name, share in {**shares, "rest": 1 - sum(shares.values())}.items()}
+
+
+def run_case(size: VideoSize, steps: int, options: dict[str, Any]) -> dict[str, Any]:
+    """One size: the pair of loops, and the profile."""
+    subject = shipped_subject(PROMPT, SEED, (size.frames, size.height, size.width), steps, GUIDANCE)
+    pair = compare_subject(subject, **options)
+    sparse = sparse_steps(pair.density)
+    if not sparse:
+        raise RuntimeError("no attention became sparse: there is nothing to compare")
+    cold, *warm = sparse
+    density, speedup = pair.density.mean_sparse, pair.speedup_of_sparse_steps
+    assert density is not None and speedup is not None and pair.ssim is not None
+    return {
+        "tokens": size.tokens,
+        "video": [size.frames, size.height, size.width],
+        "steps": steps,
+        "guidance": GUIDANCE,
+        "dense_steps": cold,
+        **options,
+        "density": round(density, 4),
+        "psnr_db": round(pair.psnr, 2),
+        "ssim": round(pair.ssim, 4),
+        "dense_s": round(pair.dense.seconds, 1),
+        "sparse_s": round(pair.sparse.seconds, 1),
+        "speedup": round(pair.speedup, 3),
+        "speedup_sparse_steps": round(speedup, 3),
+        "dense_step": _steps(pair.dense.step_seconds),
+        "sparse_step": _steps([pair.sparse.step_seconds[step] for step in warm]),
+        "cold_start_step_s": round(pair.sparse.step_seconds[cold], 2),
+        "share_of_sparse_steps": stage_shares(size, options),
+    }
+
+
+def _steps(seconds: list[float]) -> dict[str, float | int]:
+    return Timing(tuple(1e3 * second for second in seconds)).to_json()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small video, few steps; writes nothing")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--density", type=float, help="a fixed budget instead of the default selection")
+    arguments = parser.parse_args()
+    options: dict[str, Any] = {"compensation": "centroid", "routing": "error"}
+    if arguments.density is not None:
+        options["density"] = arguments.density
+    results = []
+    for size in (VideoSize(8, 48, 48),) if arguments.quick else SIZES:
+        results.append(run_case(size, 6 if arguments.quick else arguments.steps, options))
+        print(results[-1], flush=True)
+    if not arguments.quick:
+        print(write_results("e2e_quality", results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Quality of sampled videos: PSNR, SSIM and speed against density, every method on the same prompts and seeds.
+
+    python -m bench.quality.video            JSON in bench/results/quality_video.json
+    python -m bench.quality.video --quick    one prompt, one density, a small video; writes nothing
+
+Paired: a sparse video and the dense one that it is compared with start from the same noise, run the same dense kernel
+and the same inner backend ("eager": what is compared is the attention, not the compiler around it), in float32. The
+first steps and layers are dense as published (20 % and 3 %). "density" is that of the sparse attentions;
+"density_overall" counts the dense steps and layers as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.common import require_close, write_results
+from bench.minidit.sample import PROMPTS, parse_size
+from bench.quality.methods import METHODS, Method
+from svg2_compile.api import enable
+from svg2_compile.compare.density import density_table, sparse_steps
+from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
+from svg2_compile.minidit.model import VideoSize, load_model, make_scheduler, sample_videos
+
+DENSITIES = (0.10, 0.15, 0.25, 0.40)
+TOP_P = (0.7, 0.8, 0.9)
+"""Points of the default selection, by mass; only of clusters by meaning, for which the default is made."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How videos are sampled; the same for the dense and every sparse one."""
+
+    size: VideoSize
+    steps: int
+    guidance: float
+    dense_steps: float = 0.2
+    dense_layers: float = 0.03
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "dense_steps": self.dense_steps,
+            "dense_layers": self.dense_layers,
+            "min_tokens": 0,
+            "inner_backend": "eager",
+        }
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One video [3, F, H, W] in [-1, 1], the seconds of its steps, and the mean density of its attentions."""
+
+    video: Tensor
+    step_seconds: list[float]
+    density: float = 1.0
+    density_overall: float = 1.0
+    first_sparse_step: int = 0
+
+
+def sample(model: nn.Module, prompt: str, seed: int, setting: Setting, scheduler: Any = None) -> Sampled:
+    """One video of the model as it is: dense, or enabled by the caller."""
+    ends = [time.perf_counter()]
+    (video,) = sample_videos(
+        *(model, [prompt], [seed], setting.size, setting.steps, setting.guidance),
+        scheduler=scheduler,
+        after_step=lambda _: ends.append(time.perf_counter()),
+    )
+    return Sampled(video, [end - begin for begin, end in itertools.pairwise(ends)])
+
+
+def sample_sparse(
+    model: nn.Module, jobs: Sequence[tuple[str, int]], setting: Setting, method: Method, selection: dict[str, float]
+) -> list[Sampled]:
+    """The videos of all (prompt, seed) by one method at one selection; compilation is not in their times."""
+    # A graph per selection would otherwise add up to Dynamo's limit of recompilations.
+    torch._dynamo.reset()
+    scheduler = make_scheduler(setting.size.tokens)
+    options = {**setting.options(), **method.options, **selection}
+    sampled = []
+    with method.clusters(setting.size), enable(model, scheduler=scheduler, **options) as enabled:
+        warm_up = Setting(setting.size, 2, setting.guidance)
+        sample(model, *jobs[0], warm_up, scheduler)
+        for prompt, seed in jobs:
+            enabled.reset()
+            enabled.session.history.clear()
+            done = sample(model, prompt, seed, setting, scheduler)
+            table = density_table(enabled.report(), setting.steps)
+            steps = sparse_steps(table)
+            if not steps or table.mean_sparse is None or table.mean_overall is None:
+                raise RuntimeError(f"{method.name} {selection}: no attention became sparse")
+            sampled.append(Sampled(done.video, done.step_seconds, table.mean_sparse, table.mean_overall, steps[0]))
+    return sampled
+
+
+def row(method: Method, selection: dict[str, float], dense: list[Sampled], sparse: list[Sampled]) -> dict[str, Any]:
+    """Means and spreads over the videos of one point of a curve."""
+    psnrs = [psnr(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
+    ssims = [ssim(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
+    multiscale = [multiscale_ssim(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
+    first = sparse[0].first_sparse_step
+    loop = [sum(d.step_seconds) / sum(s.step_seconds) for d, s in zip(dense, sparse, strict=True)]
+    later = [sum(d.step_seconds[first:]) / sum(s.step_seconds[first:]) for d, s in zip(dense, sparse, strict=True)]
+    return {
+        "method": method.name,
+        **selection,
+        "density": round(statistics.fmean(s.density for s in sparse), 4),
+        "density_overall": round(statistics.fmean(s.density_overall for s in sparse), 4),
+        **_spread("psnr", psnrs, 2),
+        **_spread("ssim", ssims, 4),
+        **_spread("ms_ssim", multiscale, 4),
+        "speedup": round(statistics.median(loop), 3),
+        "speedup_sparse_steps": round(statistics.median(later), 3),
+        "psnr_per_video": [round(value, 2) for value in psnrs],
+    }
+
+
+def _spread(name: str, values: list[float], digits: int) -> dict[str, float]:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {f"{name}_mean": round(statistics.fmean(values), digits), f"{name}_std": round(deviation, digits)}
+
+
+def gate(model: nn.Module, jobs: Sequence[tuple[str, int]], setting: Setting) -> float:
+    """With every cluster kept, the sparse video must be the dense one. Returns the largest difference."""
+    short = Setting(setting.size, 3, setting.guidance, dense_steps=0, dense_layers=0)
+    (sparse,) = sample_sparse(model, jobs[:1], short, METHODS[0], {"top_p": 1.0})
+    return require_close("all clusters kept", sparse.video, sample(model, *jobs[0], short).video, 1e-3)
+
+
+def points(quick: bool) -> list[tuple[Method, dict[str, float]]]:
+    """Every point of every curve."""
+    if quick:
+        return [(method, {"density": 0.25}) for method in METHODS]
+    by_budget = [(method, {"density": density}) for method in METHODS for density in DENSITIES]
+    return by_budget + [(method, {"top_p": top_p}) for method in METHODS if method.blocks is None for top_p in TOP_P]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one prompt, one density, a small video; writes nothing")
+    parser.add_argument("--size", type=parse_size, default=VideoSize(16, 64, 64), metavar="FRAMESxHEIGHTxWIDTH")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--videos", type=int, default=4, help="prompts, each with a seed of its own (default 4)")
+    arguments = parser.parse_args()
+    size = VideoSize(8, 32, 32) if arguments.quick else arguments.size
+    setting = Setting(size, 6 if arguments.quick else arguments.steps, arguments.guidance)
+    count = 1 if arguments.quick else arguments.videos
+    jobs = [(PROMPTS[index % len(PROMPTS)], 100 + index) for index in range(count)]
+    model = load_model()
+    error = gate(model, jobs, setting)
+    dense = [sample(model, prompt, seed, setting) for prompt, seed in jobs]
+    rows = []
+    for method, selection in points(arguments.quick):
+        rows.append(row(method, selection, dense, sample_sparse(model, jobs, setting, method, selection)))
+        print(rows[-1], flush=True)
+    if not arguments.quick:
+        described = {"frames": size.frames, "height": size.height, "width": size.width, "tokens": size.tokens}
+        print(
+            write_results(
+                "quality_video",
+                rows,
+                **{**described, "steps": setting.steps, "guidance": setting.guidance},
+                **{"dense_steps": setting.dense_steps, "dense_layers": setting.dense_layers, "gate_error": error},
+                jobs=jobs,
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
