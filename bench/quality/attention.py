@@ -195,8 +195,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one prompt and step, a small video; writes nothing")
     parser.add_argument("--size", type=parse_size, default=VideoSize(16, 64, 64), metavar="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--prompts", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--sampling-steps", type=int, default=24, help="denoising steps of a video (default 24)")
-    parser.add_argument("--steps", type=int, nargs="+", help="denoising steps at which to measure (default 6 11 17 22)")
+    parser.add_argument("--sampling-steps", type=int, default=20, help="denoising steps of a video (default 20)")
+    parser.add_argument("--steps", type=int, nargs="+", help="denoising steps at which to measure (default 5 9 14 18)")
     parser.add_argument(
         "--reuse-steps", type=int, default=8, help="steps over which centroids are followed (default 8)"
     )

@@ -1,0 +1,68 @@
+"""Pictures of the quality of sampled videos: PSNR and SSIM against density, PSNR against speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.common import IMAGES
+from bench.quality.plot_style import COLOURS, LINES, MARKERS, METHODS, finish, method_handles, new_figure, save
+
+__all__ = ["plot_psnr_density", "plot_psnr_speed"]
+
+
+def plot_psnr_density(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> Path:
+    """quality_psnr_density.png: PSNR (mean, one standard deviation) and SSIM against dense, over density.
+
+    rows: {"method": "svg2", "svg2+comp", "tiles+comp" ..., "density", "psnr_mean", "psnr_std", "ssim_mean", ...}.
+    """
+    figure, (psnr, ssim) = new_figure(2, 4.8)
+    _plot_video_curves(psnr, rows, "density", "psnr_mean", "psnr_std")
+    _plot_video_curves(ssim, rows, "density", "ssim_mean", None)
+    finish(psnr, "density of the sparse attentions", "PSNR against dense, dB", "PSNR", "x")
+    finish(ssim, "density of the sparse attentions", "SSIM against dense", "SSIM", "x")
+    return _save_with_legend(figure, folder, "quality_psnr_density")
+
+
+def plot_psnr_speed(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> Path:
+    """quality_psnr_speed.png: PSNR against dense over the speed-up of sampling; rows as in ``plot_psnr_density``, with
+    "speedup" (rows without one are left out)."""
+    figure, axes = new_figure(1, 5.2)
+    timed = [row for row in rows if row.get("speedup") is not None]
+    _plot_video_curves(axes, timed, "speedup", "psnr_mean", None)
+    axes.axvline(1.0, color="0.7", linewidth=1)
+    finish(axes, "times faster than dense", "PSNR against dense, dB", "Quality against speed")
+    return _save_with_legend(figure, folder, "quality_psnr_speed")
+
+
+def _split_method(method: str) -> tuple[str, str]:
+    """Kind of clusters and treatment of "tiles+comp+ear" and the like."""
+    name, plus, treatment = method.partition("+")
+    if name not in METHODS or plus + treatment not in LINES:
+        raise ValueError(f"method is {method!r}; valid: {', '.join(METHODS)}, each with {', '.join(LINES)}")
+    return name, plus + treatment
+
+
+def _plot_video_curves(
+    axes: Any, rows: Sequence[Mapping[str, Any]], across: str, what: str, deviation: str | None
+) -> None:
+    """A line per method, sorted by density. Points selected by top-p stand beside it as crosses."""
+    for method in dict.fromkeys(row["method"] for row in rows):
+        name, treatment = _split_method(method)
+        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: float(row["density"]))
+        by_mass = [row for row in mine if row.get("top_p") is not None]
+        chosen = [row for row in mine if row.get("top_p") is None]
+        axes.plot([row[across] for row in by_mass], [row[what] for row in by_mass], "x", color=COLOURS[name])
+        x, y = np.array([row[across] for row in chosen]), np.array([row[what] for row in chosen])
+        axes.plot(x, y, LINES[treatment], color=COLOURS[name], marker=MARKERS[name], markersize=5)
+        if deviation is not None and method == "svg2+comp+ear":
+            spread = np.array([row[deviation] for row in chosen])
+            axes.fill_between(x, y - spread, y + spread, color=COLOURS[name], alpha=0.15, linewidth=0)
+
+
+def _save_with_legend(figure: Any, folder: Path, name: str) -> Path:
+    figure.legend(handles=method_handles(), loc="outside lower center", ncols=3, fontsize=8.5)
+    return save(figure, folder, name)

@@ -1,0 +1,107 @@
+"""The pictures of quality, from made-up results: every file is drawn, every curve is on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from bench.quality import plots
+from bench.quality.attention import summarise
+from bench.quality.measure import VARIANTS
+from bench.quality.plot_style import COLOURS, LINES, METHODS
+from bench.quality.plots_video import plot_psnr_density, plot_psnr_speed
+from bench.quality.position import KINDS
+from bench.quality.reuse import CARRIED_ITERS, COLD_ITERS
+
+DENSITIES = [0.05, 0.1, 0.25, 0.5]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures that were saved, kept open to be looked at."""
+    saved: list[Figure] = []
+    monkeypatch.setattr(plt, "close", lambda figure: saved.append(figure))
+    return saved
+
+
+def made_up_document() -> dict[str, Any]:
+    def curve(what: str, base: float) -> dict[str, list[float]]:
+        return {"density": DENSITIES, what: [min(1.0, base * density) for density in DENSITIES]}
+
+    modes = {mode: curve("recall", 1.5) for mode in ("density", "top_p", "oracle")}
+    result = {
+        "step": 3,
+        "recall": {"tokens": curve("recall", 2.0), **dict.fromkeys(("svg2", *KINDS), modes)},
+        "error": {name + variant: curve("error", 0.5) for name in ("svg2", *KINDS) for variant in VARIANTS},
+    }
+    results = [{"layer": layer, **result} for layer in range(3)]
+    measured = {"recall_fixed": 0.5, "density_top_p": 0.6}
+    reuse = [
+        {"start": start, "iters": iters, "age": age, **measured}
+        for start, counts in (("carried", CARRIED_ITERS), ("cold", COLD_ITERS))
+        for iters in counts
+        for age in range(3)
+    ]
+    about = {"tokens": 4096, "num_q_clusters": 16, "num_k_clusters": 54, "reuse": reuse}
+    return {**about, "summary": summarise(results), "results": results}
+
+
+def made_up_rows() -> list[dict[str, Any]]:
+    methods = [name + treatment for name in METHODS for treatment in LINES]
+    quality = {"psnr_std": 1.5, "ssim_mean": 0.9}
+    rows = [
+        {
+            "method": method,
+            "density": density,
+            "psnr_mean": 20 + 30 * density,
+            "speedup": 1 / (density + 0.3),
+            **quality,
+        }
+        for method in methods
+        for density in DENSITIES
+    ]
+    return [*rows, {"method": "svg2", "top_p": 0.9, "density": 0.4, "psnr_mean": 31.0, "speedup": 1.2, **quality}]
+
+
+def test_every_picture_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, images = tmp_path / "results", tmp_path / "images"
+    results.mkdir()
+    monkeypatch.setattr("sys.argv", ["plots", "--results", str(results), "--out", str(images)])
+    plots.main()
+    assert not images.exists()
+    (results / "quality_attention.json").write_text(json.dumps(made_up_document()))
+    (results / "quality_video.json").write_text(json.dumps({"results": made_up_rows()}))
+    plots.main()
+    names = ("recall", "error", "reuse", "psnr_density", "psnr_speed")
+    assert {path.name for path in images.iterdir()} == {f"quality_{name}.png" for name in names}
+
+
+def test_error_curves_of_every_method(tmp_path: Path, figures: list[Figure]) -> None:
+    plots.plot_errors(made_up_document(), tmp_path)
+    for axes in figures[0].axes:
+        drawn = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+        assert drawn == {(COLOURS[name], line) for name in METHODS for line in LINES.values()}
+
+
+def test_video_curves_are_sorted_and_top_p_stands_alone(tmp_path: Path, figures: list[Figure]) -> None:
+    rows = made_up_rows()
+    plot_psnr_density(rows[::-1], tmp_path)
+    plot_psnr_speed([*rows, {**rows[0], "speedup": None}], tmp_path)
+    curves = [line for line in figures[0].axes[0].get_lines() if line.get_marker() != "x"]
+    assert len(curves) == len(METHODS) * len(LINES)
+    assert all(list(line.get_xdata()) == DENSITIES for line in curves)
+    crosses = [line for line in figures[0].axes[0].get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in crosses] == [([0.4], [31.0])]
+    assert len(figures[1].axes[0].get_lines()) >= len(METHODS) * len(LINES)
+
+
+def test_unknown_methods_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"method is 'svg3\+comp'; valid: svg2"):
+        plot_psnr_density([{**made_up_rows()[0], "method": "svg3+comp"}], tmp_path)
