@@ -21,13 +21,14 @@ TREATMENTS = {"": "skipped blocks dropped", "+comp": "+ compensation", "+comp+ea
 METHODS = ("svg2", "tiles", "raster")
 
 
-def new_figure(columns: int, height: float = 4.4) -> tuple[Any, Any]:
+def new_figure(columns: int, height: float = 4.4, width: float = 5.8) -> tuple[Any, Any]:
+    """A figure with ``columns`` axes, each ``width`` x ``height`` inches."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    return plt.subplots(1, columns, figsize=(5.8 * columns, height), layout="constrained")
+    return plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained")
 
 
 def save(figure: Any, folder: Path, name: str) -> Path:

@@ -30,7 +30,7 @@ def plot_psnr_density(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES) 
 def plot_psnr_speed(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> Path:
     """quality_psnr_speed.png: PSNR against dense over the speed-up of sampling; rows as in ``plot_psnr_density``, with
     "speedup" (rows without one are left out)."""
-    figure, axes = new_figure(1, 5.2)
+    figure, axes = new_figure(1, 5.4, 9.0)
     timed = [row for row in rows if row.get("speedup") is not None]
     _plot_video_curves(axes, timed, "speedup", "psnr_mean", None)
     axes.axvline(1.0, color="0.7", linewidth=1)
@@ -49,13 +49,15 @@ def _split_method(method: str) -> tuple[str, str]:
 def _plot_video_curves(
     axes: Any, rows: Sequence[Mapping[str, Any]], across: str, what: str, deviation: str | None
 ) -> None:
-    """A line per method, sorted by density. Points selected by top-p stand beside it as crosses."""
+    """A line per method, sorted by density, and a thin one with crosses for what top-p selects."""
     for method in dict.fromkeys(row["method"] for row in rows):
         name, treatment = _split_method(method)
         mine = sorted((row for row in rows if row["method"] == method), key=lambda row: float(row["density"]))
         by_mass = [row for row in mine if row.get("top_p") is not None]
         chosen = [row for row in mine if row.get("top_p") is None]
-        axes.plot([row[across] for row in by_mass], [row[what] for row in by_mass], "x", color=COLOURS[name])
+        if by_mass:
+            style = {"color": COLOURS[name], "linestyle": LINES[treatment], "marker": "x", "linewidth": 0.8}
+            axes.plot([row[across] for row in by_mass], [row[what] for row in by_mass], **style)
         x, y = np.array([row[across] for row in chosen]), np.array([row[what] for row in chosen])
         axes.plot(x, y, LINES[treatment], color=COLOURS[name], marker=MARKERS[name], markersize=5)
         if deviation is not None and method == "svg2+comp+ear":

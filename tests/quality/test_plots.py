@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -94,11 +95,11 @@ def test_video_curves_are_sorted_and_top_p_stands_alone(tmp_path: Path, figures:
     rows = made_up_rows()
     plot_psnr_density(rows[::-1], tmp_path)
     plot_psnr_speed([*rows, {**rows[0], "speedup": None}], tmp_path)
-    curves = [line for line in figures[0].axes[0].get_lines() if line.get_marker() != "x"]
-    assert len(curves) == len(METHODS) * len(LINES)
-    assert all(list(line.get_xdata()) == DENSITIES for line in curves)
-    crosses = [line for line in figures[0].axes[0].get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
-    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in crosses] == [([0.4], [31.0])]
+    lines = figures[0].axes[0].get_lines()
+    curves = [np.asarray(line.get_xdata()).tolist() for line in lines if line.get_marker() != "x"]
+    assert curves == [DENSITIES] * (len(METHODS) * len(LINES))
+    (cross,) = [line for line in lines if line.get_marker() == "x"]
+    assert (np.asarray(cross.get_xdata()).tolist(), np.asarray(cross.get_ydata()).tolist()) == ([0.4], [31.0])
     assert len(figures[1].axes[0].get_lines()) >= len(METHODS) * len(LINES)
 
 
