@@ -3,6 +3,7 @@
     torch.compile(model, backend="svg2")        one line, any model
     svg2_compile.enable(pipe)                   a whole diffusers pipeline, steps told by its scheduler
     svg2_compile.explain(model, **inputs)       what would become sparse, and why not the rest
+    svg2_compile.compare_with_dense(pipe, ...)  what it costs in quality and gains in time, as a page
     svg2_compile.transform(exported_program)    the same rewrite of a torch.export program; save, load, package it
 
 The names below are loaded when they are first used, so that importing a part (``svg2_compile.kernels``) does not
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from svg2_compile.api import Enabled, disable, enable, report, reset
+    from svg2_compile.compare.paired import compare_with_dense
     from svg2_compile.config import ConfigError, Svg2Config
     from svg2_compile.explanation import explain
     from svg2_compile.export.aoti import package
@@ -33,6 +35,7 @@ __all__ = [
     "Report",
     "Svg2Config",
     "TransformedProgram",
+    "compare_with_dense",
     "disable",
     "enable",
     "explain",
@@ -52,6 +55,7 @@ _HOME = {
     "Report": "svg2_compile.reports",
     "Svg2Config": "svg2_compile.config",
     "TransformedProgram": "svg2_compile.export.transformed",
+    "compare_with_dense": "svg2_compile.compare.paired",
     "disable": "svg2_compile.api",
     "enable": "svg2_compile.api",
     "explain": "svg2_compile.explanation",

@@ -40,16 +40,17 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def demo(
+    prompt: Annotated[str | None, typer.Option(help="What is asked for, in the words of the model.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the latent video.")] = None,
-    height: Annotated[int | None, typer.Option(min=2, help="Height of the latent video.")] = None,
-    width: Annotated[int | None, typer.Option(min=2, help="Width of the latent video.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video.")] = None,
+    height: Annotated[int | None, typer.Option(min=4, help="Pixels, a multiple of 4.")] = None,
+    width: Annotated[int | None, typer.Option(min=4, help="Pixels, a multiple of 4.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Softmax mass that the selected clusters reach.")] = None,
     inner_backend: Annotated[str | None, typer.Option(help="What compiles the graphs.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,
 ) -> None:
-    """Denoise a small video dense and sparse; show decisions, densities, times and PSNR."""
+    """Make a small video dense and sparse; show decisions, densities, times and PSNR, frames and an animation."""
     given = {name: value for name, value in locals().items() if value is not None}
     from svg2_compile.demo import DemoOptions, run_demo
 
@@ -57,6 +58,47 @@ def demo(
         run_demo(DemoOptions(**given), Console())
     except (ImportError, ValueError) as error:
         _fail(error)
+
+
+@app.command()
+def compare(
+    prompt: Annotated[str | None, typer.Option(help="What to show; needed with --pipeline.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise that both runs start from.")] = 0,
+    size: Annotated[str | None, typer.Option(help="FRAMESxHEIGHTxWIDTH in pixels, such as 16x64x64.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings for a known model (svg2 presets list).")] = None,
+    options: Options = None,
+    pipeline: Annotated[
+        str | None, typer.Option(help="Folder or name of a diffusers pipeline, instead of the shipped small model.")
+    ] = None,
+    regional: Annotated[bool, typer.Option("--regional", help="Compile one graph for all layers.")] = False,
+    maps: Annotated[bool, typer.Option("--maps", help="Look into one attention; also written as PNG.")] = False,
+    map_layer: Annotated[str | None, typer.Option(help="Which: path or number among the sparse ones.")] = None,
+    map_step: Annotated[int | None, typer.Option(min=0, help="Which denoising step.")] = None,
+    map_head: Annotated[int | None, typer.Option(min=0, help="Which head.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page to write.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate a video dense and sparse; write frames, quality, times and densities as one HTML page."""
+    from svg2_compile.compare import command
+    from svg2_compile.compare.capture import MapRequest
+
+    chosen = _pairs("--set", options) | ({"preset": preset} if preset else {})
+    asked = any(given is not None for given in (map_layer, map_step, map_head))
+    request = MapRequest(map_layer, map_step, map_head) if maps or asked else None
+    page = output or (None if as_json else command.DEFAULT_PAGE)
+    try:
+        result = command.compare_command(
+            command.CompareRequest(prompt, seed, size, steps, guidance, pipeline, request, regional), chosen
+        )
+        if page is not None:
+            written = [result.write_html(page)]
+            written += [result.write_maps(command.maps_path(page))] if request else []
+            typer.echo("written: " + ", ".join(map(str, written)), err=True)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        _fail(error)
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
 
 
 @app.command()

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from svg2_compile.inner_backend import NEXT_BEST, inductor_problem
 
-__all__ = ["Check", "Diagnosis", "diagnose"]
+__all__ = ["Check", "Diagnosis", "describe_device", "diagnose", "version_of"]
 
 _PACKAGES = ("svg2-compile", "torch", "triton", "diffusers", "transformers", "sympy", "networkx", "numpy")
 
@@ -77,9 +77,9 @@ def diagnose() -> Diagnosis:
     """Look at versions, devices and compilers, and compare sparse with dense attention on every device."""
     diagnosis = Diagnosis(versions={"python": platform.python_version()})
     for package in _PACKAGES:
-        diagnosis.versions[package] = _version_of(package)
+        diagnosis.versions[package] = version_of(package)
     devices = _devices()
-    diagnosis.devices = [_describe(device) for device in devices]
+    diagnosis.devices = [describe_device(device) for device in devices]
     diagnosis.checks.append(_check_entry_point())
     diagnosis.checks += [_check_inductor(device) for device in devices]
     diagnosis.checks += [_check_numbers(device) for device in devices]
@@ -87,7 +87,8 @@ def diagnose() -> Diagnosis:
     return diagnosis
 
 
-def _version_of(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version that is installed; None if none is."""
     if package == "torch":
         return str(torch.__version__)  # the installed metadata leaves out the build (+cpu, +cu130)
     try:
@@ -103,7 +104,8 @@ def _devices() -> list[torch.device]:
     return devices
 
 
-def _describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
+    """A device in words."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return (
@@ -133,7 +135,7 @@ def _check_inductor(device: torch.device) -> Check:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         return Check(name, "ok", f"C++ compiler: {get_cpp_compiler()}")
-    return Check(name, "ok", f"Triton {_version_of('triton')}")
+    return Check(name, "ok", f"Triton {version_of('triton')}")
 
 
 def _check_tuning(device: torch.device) -> Check:

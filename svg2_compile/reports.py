@@ -22,7 +22,7 @@ from svg2_compile.passes.decide_sites import Site, Skip
 if TYPE_CHECKING:
     from svg2_compile.config import Svg2Config
 
-__all__ = ["GraphReport", "Report", "SiteReport", "describe"]
+__all__ = ["GraphReport", "Report", "SiteReport", "describe", "grouped_sites"]
 
 SMALLEST_TILE = 32  # rows: smaller query tiles make the largest table of tiles
 
@@ -129,7 +129,7 @@ class Report:
         table.add_column("reason", overflow="fold")
         for header in ("video", "context", "heads", "speed-up"):
             table.add_column(header, justify="right")
-        for name, count, site in _grouped(self.sites):
+        for name, count, site in grouped_sites(self.sites):
             table.add_row(
                 f"{name} (x{count})" if count > 1 else name,
                 site.decision,
@@ -250,7 +250,7 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _grouped(sites: Sequence[SiteReport]) -> list[tuple[str, int, SiteReport]]:
+def grouped_sites(sites: Sequence[SiteReport]) -> list[tuple[str, int, SiteReport]]:
     """Rows for layers that differ in nothing but the numbers in their names, in order of first appearance."""
     groups: dict[tuple[Any, ...], list[SiteReport]] = {}
     for site in sites:
