@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("diffusers")
@@ -17,10 +18,10 @@ from bench.minidit import stages, train
 from bench.minidit.data import make_batch, make_video, shape_distance
 from bench.minidit.export import export
 from bench.minidit.optim import learning_rate_factor
-from bench.minidit.sample import contact_sheet
 from svg2_compile.minidit import model as minidit
 from svg2_compile.minidit import prompts
 from svg2_compile.minidit.model import VideoSize
+from svg2_compile.minidit.pictures import contact_sheet, write_gif
 
 SIZE = VideoSize(6, 32, 32)
 
@@ -178,6 +179,11 @@ def test_export_and_sample(tmp_path: Path) -> None:
     assert steps == [0, 1] and len(scheduler.timesteps) == 2
     assert torch.equal(video, again[0])
     assert contact_sheet(video[None], zoom=1).size == (48, 16)
+    labelled = contact_sheet(torch.stack([video, video]), zoom=2, labels=["one", "other"])
+    assert labelled.size == (96, 2 * (32 + 16))
+    write_gif(torch.stack([video, -video]), tmp_path / "videos.gif", zoom=1, gap=2, labels=["one", "other"])
+    with Image.open(tmp_path / "videos.gif") as gif:
+        assert (gif.n_frames, gif.size) == (2, (52, 16 + 16))
 
 
 @pytest.mark.usefixtures("tiny")

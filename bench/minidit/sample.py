@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from svg2_compile.minidit.model import VideoSize, load_model, sample_videos
+from svg2_compile.minidit.pictures import contact_sheet, write_gif
 
 PROMPTS = (
     "red brick disc right, background grass, camera still",
@@ -29,28 +28,6 @@ def parse_size(text: str) -> VideoSize:
     """Read ``frames x height x width``, as in 16x64x64."""
     frames, height, width = (int(part) for part in text.split("x"))
     return VideoSize(frames, height, width)
-
-
-def to_pixels(videos: Tensor) -> Tensor:
-    """[-1, 1] float to [0, 255] uint8, shape unchanged."""
-    return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def contact_sheet(videos: Tensor, columns: int = 8, zoom: int = 2) -> Image.Image:
-    """Lay out (videos, 3, frames, height, width) in [-1, 1]: a row each, at most ``columns`` frames, evenly spaced."""
-    frames = videos.shape[2]
-    shown = torch.linspace(0, frames - 1, min(columns, frames)).round().long()
-    pixels = to_pixels(videos[:, :, shown]).permute(0, 3, 2, 4, 1)  # video, row, frame, column, channel
-    image = Image.fromarray(pixels.flatten(0, 1).flatten(1, 2).numpy())
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-
-
-def write_gif(videos: Tensor, path: Path, zoom: int = 3, frame_ms: int = 90) -> None:
-    """Write the videos side by side as one endless GIF."""
-    pixels = to_pixels(videos).permute(2, 3, 0, 4, 1)  # frame, row, video, column, channel
-    images = [Image.fromarray(frame.flatten(1, 2).numpy()) for frame in pixels]
-    images = [image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST) for image in images]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=frame_ms, loop=0)
 
 
 def main() -> None:
