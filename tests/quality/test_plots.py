@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from bench.quality import plots
+from bench.quality import plots, tables
 from bench.quality.attention import summarise
 from bench.quality.measure import VARIANTS
 from bench.quality.plot_style import COLOURS, LINES, METHODS
@@ -106,3 +106,16 @@ def test_video_curves_are_sorted_and_top_p_stands_alone(tmp_path: Path, figures:
 def test_unknown_methods_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"method is 'svg3\+comp'; valid: svg2"):
         plot_psnr_density([{**made_up_rows()[0], "method": "svg3+comp"}], tmp_path)
+
+
+def test_tables_are_filled_and_filled_again() -> None:
+    about = {"prompts": ["one"], "size": "8x8x8", "sampling_steps": 4, "environment": {"commit": "abc"}}
+    document = {**made_up_document(), **about}
+    page = "before\n<!-- table: attention -->\n<!-- end -->\nafter\n<!-- table: reuse -->\nold\n<!-- end -->\n"
+    once = tables.fill(tables.fill(page, "attention", tables.attention_tables(document)), "reuse", "new")
+    assert "| best keys of every query | 0.500 | 0.500 | 0.500 | 0.500 |" in once
+    assert once.startswith("before\n") and "\nafter\n" in once and "old" not in once
+    assert tables.fill(once, "reuse", tables.reuse_table(document)).count("| carried |") == len(CARRIED_ITERS)
+    assert tables.fill(once, "reuse", "new") == once
+    with pytest.raises(ValueError, match="no table 'video'; valid: attention, reuse"):
+        tables.fill(page, "video", "")

@@ -1,0 +1,84 @@
+"""The tables of docs/quality.md, from the JSON files in bench/results.
+
+    python -m bench.quality.tables
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; what is there is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.common import BENCH, RESULTS
+
+__all__ = ["attention_tables", "fill", "reuse_table"]
+
+PAGE = BENCH.parent / "docs" / "quality.md"
+RECALL_ROWS = {
+    "oracle_tokens": "best keys of every query",
+    "svg2": "svg2",
+    "svg2 oracle": "best of the same clusters",
+    "tiles": "tiles",
+    "raster": "raster",
+}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def attention_tables(document: Mapping[str, Any]) -> str:
+    """A table for everything in the summary: a column per layer and one for their mean."""
+    summary = document["summary"]
+    header = ["", *(f"layer {row['layer']}" if row["layer"] != "all" else "mean" for row in summary)]
+    size = f"{len(document['prompts'])} prompts, {document['size']} pixels, {document['tokens']:,} tokens"
+    clusters = f"{document['num_q_clusters']} query and {document['num_k_clusters']} key clusters"
+    parts = [f"{size}, {clusters}, {document['sampling_steps']} steps, commit {document['environment']['commit']}."]
+    for what in (key for key in summary[0] if key != "layer"):
+        names = RECALL_ROWS if what.startswith("recall") else {name: name for name in summary[0][what]}
+        rows = [[label, *(f"{row[what][name]:.3f}" for row in summary)] for name, label in names.items()]
+        title = what.replace("error", "output error").replace("%", " %")
+        parts += [f"**{title[0].upper()}{title[1:]} density**", markdown(header, rows)]
+    return "\n\n".join(parts)
+
+
+def reuse_table(document: Mapping[str, Any]) -> str:
+    """Recall and density by start and iterations, mean over the steps after the first."""
+    later = [row for row in document["reuse"] if row["age"] > 0]
+    rows = []
+    for start, iters in dict.fromkeys((row["start"], row["iters"]) for row in later):
+        chosen = [row for row in later if (row["start"], row["iters"]) == (start, iters)]
+        means = [float(np.mean([row[what] for row in chosen])) for what in ("recall_fixed", "density_top_p")]
+        rows.append([start, str(iters), *(f"{value:.3f}" for value in means)])
+    return markdown(["centroids", "iterations per step", "recall at 25 %", "density at top-p 0.9"], rows)
+
+
+def fill(page: str, name: str, table: str) -> str:
+    """``page`` with the table called ``name`` replaced. Raises ValueError where the page has no such table."""
+    pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"the page has no table {name!r}; valid: {', '.join(re.findall('table: ([a-z]+)', page))}")
+    return pattern.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality.tables")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args()
+    document = json.loads((options.results / "quality_attention.json").read_text())
+    page = fill(options.page.read_text(), "attention", attention_tables(document))
+    options.page.write_text(fill(page, "reuse", reuse_table(document)))
+    print(options.page)
+
+
+if __name__ == "__main__":
+    main()
