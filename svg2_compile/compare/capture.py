@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from svg2_compile.clock import SchedulerClock
 from svg2_compile.compare.attention_maps import AttentionInputs
+from svg2_compile.compare.density import DensityTable, sparse_steps
 from svg2_compile.history import qualified
 from svg2_compile.kernels import ops
 from svg2_compile.program import DenoisingProgram
@@ -42,6 +43,38 @@ class MapRequest:
     layer: str | int | None = None
     step: int | None = None
     head: int | None = None
+
+    def choose(self, density: DensityTable) -> tuple[str, int, int]:
+        """Layer, step and head among those that ran sparse.
+
+        Raises:
+            ValueError: what was asked for did not.
+        """
+        steps = sparse_steps(density)
+        layers = [name for name, row in zip(density.layers, density.sparse, strict=True) if row.any()]
+        heads = density.values.shape[2]
+        if not steps:
+            raise ValueError("maps: no attention was sparse, so there is none to look into; the report says why")
+        step = steps[len(steps) // 2] if self.step is None else self.step
+        head = self.head or 0
+        if step not in steps:
+            raise ValueError(f"maps: step {step} is not sparse. Valid: {steps[0]} to {steps[-1]}.")
+        if not 0 <= head < heads:
+            raise ValueError(f"maps: there is no head {head}. Valid: 0 to {heads - 1}.")
+        return self._layer(layers), step, head
+
+    def _layer(self, layers: list[str]) -> str:
+        asked = self.layer
+        if asked is None:
+            return layers[len(layers) // 2]
+        if asked in layers:
+            return str(asked)
+        number = int(asked) if str(asked).isdecimal() else len(layers)
+        if number >= len(layers):
+            raise ValueError(
+                f"maps: layer {asked!r} is not sparse. Valid: {', '.join(layers)}, or 0 to {len(layers) - 1}."
+            )
+        return layers[number]
 
 
 class Captured(Exception):
@@ -112,8 +145,6 @@ class _Watcher(fx.Interpreter):
         given = _bound(_ATTENTION, args, kwargs)
         nodes = _bound(_ATTENTION, node.args, node.kwargs)
         head = self._head
-        if head >= given["query"].shape[1]:
-            raise ValueError(f"head={head}: this attention has {given['query'].shape[1]} heads, numbered from 0")
         kv_head = head * given["key"].shape[1] // given["query"].shape[1]
         query, q_order = self._in_token_order(given, nodes, "query", "q_order", head)
         key, k_order = self._in_token_order(given, nodes, "key", "k_order", kv_head)

@@ -93,9 +93,9 @@ def _pipeline(request: CompareRequest, size: tuple[int, int, int] | None) -> Sub
     except ImportError as error:
         raise ImportError("--pipeline needs diffusers: svg2-compile[diffusers]") from error
     device = _device()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = {"torch_dtype": torch.bfloat16} if device == "cuda" else {}
     try:
-        pipe = DiffusionPipeline.from_pretrained(request.pipeline, torch_dtype=dtype).to(device)
+        pipe = DiffusionPipeline.from_pretrained(request.pipeline, **dtype).to(device)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--pipeline {request.pipeline!r} cannot be loaded: {error}. Valid: a folder or name for "

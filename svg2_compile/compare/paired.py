@@ -15,7 +15,7 @@ from svg2_compile.clock import SchedulerClock
 from svg2_compile.compare.attention_maps import AttentionMaps, attention_maps
 from svg2_compile.compare.capture import Captured, MapRequest, captured_attention
 from svg2_compile.compare.comparison import Comparison, Run
-from svg2_compile.compare.density import DensityTable, density_table, sparse_steps
+from svg2_compile.compare.density import DensityTable, density_table
 from svg2_compile.compare.metrics import MIN_SIDE, multiscale_ssim, psnr, psnr_per_frame, ssim_per_frame
 from svg2_compile.compare.subjects import Subject, pipeline_subject
 from svg2_compile.compare.videos import same_range
@@ -176,15 +176,7 @@ def _quality(video: Tensor, reference: Tensor) -> dict[str, Any]:
 
 def _maps(subject: Subject, enabled: Enabled, density: DensityTable, request: MapRequest) -> AttentionMaps:
     """Generate once more, up to the attention that is asked for."""
-    steps = sparse_steps(density)
-    layers = [name for name, row in zip(density.layers, density.sparse, strict=True) if row.any()]
-    if not steps or not layers:
-        raise ValueError("maps: no attention was sparse, so there is none to look into; the report says why")
-    step = steps[len(steps) // 2] if request.step is None else request.step
-    layer = _layer(request.layer, layers)
-    head = request.head or 0
-    if step not in steps:
-        raise ValueError(f"maps: step {step} is not sparse. Valid: {steps[0]} to {steps[-1]}.")
+    layer, step, head = request.choose(density)
     _with_dense_steps(enabled, enabled.session.config.dense_steps)
     try:
         with captured_attention(enabled.session, layer, step, head):
@@ -193,14 +185,3 @@ def _maps(subject: Subject, enabled: Enabled, density: DensityTable, request: Ma
         maps = attention_maps(captured.inputs)
         return AttentionMaps(**{**vars(maps), "site": layer, "step": step, "head": head})
     raise RuntimeError(f"maps: {layer} did not run sparse in step {step}")
-
-
-def _layer(asked: str | int | None, layers: list[str]) -> str:
-    if asked is None:
-        return layers[len(layers) // 2]
-    if isinstance(asked, int) or asked.isdigit():
-        if int(asked) < len(layers):
-            return layers[int(asked)]
-    elif asked in layers:
-        return asked
-    raise ValueError(f"maps: layer {asked!r} is not sparse. Valid: {', '.join(layers)}, or 0 to {len(layers) - 1}.")
