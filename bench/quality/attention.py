@@ -25,6 +25,7 @@ from bench.common import write_results
 from bench.minidit.sample import PROMPTS, parse_size
 from bench.quality.capture import Attention, watch_attention
 from bench.quality.clusters import Clustering, cluster, cluster_by_position
+from bench.quality.counts import CountStudy
 from bench.quality.measure import (
     average,
     cluster_statistics,
@@ -80,6 +81,7 @@ class Measurement:
         self.grid = (setting.size.frames, setting.size.height // 4, setting.size.width // 4)
         self.gate: float | None = None
         self.reuse: ReuseStudy | None = ReuseStudy(counts)
+        self.more_clusters: CountStudy | None = CountStudy(counts)
         self._measured: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
         self._carried: dict[int, Clustering] = {}
 
@@ -93,6 +95,8 @@ class Measurement:
             self.reuse.add(attention)
         if attention.step in self.setting.steps:
             self._measure(attention, semantic)
+        if self.more_clusters is not None and attention.step == self.setting.steps[len(self.setting.steps) // 2]:
+            self.more_clusters.add(attention)
 
     def _measure(self, attention: Attention, semantic: Clustering) -> None:
         clusterings = {"svg2": semantic}
@@ -109,8 +113,9 @@ class Measurement:
         )
 
     def next_video(self) -> None:
-        """Centroids are dropped with the video, as in a compiled model; reuse is studied on the first one."""
+        """Centroids are dropped with the video, as in a compiled model; only the first one is studied more closely."""
         self._carried.clear()
+        self.reuse = self.more_clusters = None
 
     def results(self) -> list[dict[str, Any]]:
         """One entry per layer and step: the means over prompts."""
@@ -124,14 +129,12 @@ def run(model: nn.Module, setting: Setting) -> tuple[list[dict[str, Any]], dict[
     """Measure everything: an entry per layer and step, and what belongs beside them in the JSON."""
     counts = default_cluster_counts(setting.size)
     measurement = Measurement(setting, counts)
-    reuse: list[dict[str, Any]] = []
+    reuse, more_clusters = measurement.reuse, measurement.more_clusters
     watched = range(setting.first_sparse_step, max(setting.steps) + 1)
     for seed, prompt in enumerate(setting.prompts):
         began = time.perf_counter()
         sampling = (setting.size, setting.sampling_steps, GUIDANCE)
         watch_attention(model, prompt, seed, *sampling, watched, measurement.add)
-        if measurement.reuse is not None:
-            reuse, measurement.reuse = measurement.reuse.results(), None
         measurement.next_video()
         print(f"{prompt}: {time.perf_counter() - began:.0f} s", flush=True)
     results = measurement.results()
@@ -145,7 +148,8 @@ def run(model: nn.Module, setting: Setting) -> tuple[list[dict[str, Any]], dict[
         "guidance": GUIDANCE,
         "largest_error_all_blocks": measurement.gate,
         "summary": summarise(results),
-        "reuse": reuse,
+        "reuse": reuse.results() if reuse is not None else [],
+        "more_clusters": more_clusters.results() if more_clusters is not None else [],
     }
     return results, about
 

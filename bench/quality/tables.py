@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.common import BENCH, RESULTS
 
-__all__ = ["attention_tables", "fill", "reuse_table"]
+__all__ = ["attention_tables", "cluster_count_table", "fill", "reuse_table"]
 
 PAGE = BENCH.parent / "docs" / "quality.md"
 RECALL_ROWS = {
@@ -28,6 +28,7 @@ RECALL_ROWS = {
     "tiles": "tiles",
     "raster": "raster",
 }
+COUNT_COLUMNS = ("recall", "svg2 error", "svg2+comp error", "svg2+comp+ear error")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,6 +62,16 @@ def reuse_table(document: Mapping[str, Any]) -> str:
     return markdown(["centroids", "iterations per step", "recall at 25 %", "density at top-p 0.9"], rows)
 
 
+def cluster_count_table(document: Mapping[str, Any]) -> str:
+    """Recall and error at 15 and 25 % by number of clusters."""
+    what = [f"{name} at {density}" for name in COUNT_COLUMNS for density in ("15%", "25%")]
+    rows = [
+        [f"{row['num_q_clusters']}, {row['num_k_clusters']}", *(f"{row[name]:.3f}" for name in what)]
+        for row in document["more_clusters"]
+    ]
+    return markdown(["query, key clusters", *(name.replace("%", " %") for name in what)], rows)
+
+
 def fill(page: str, name: str, table: str) -> str:
     """``page`` with the table called ``name`` replaced. Raises ValueError where the page has no such table."""
     pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -76,6 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     document = json.loads((options.results / "quality_attention.json").read_text())
     page = fill(options.page.read_text(), "attention", attention_tables(document))
+    page = fill(page, "clusters", cluster_count_table(document))
     options.page.write_text(fill(page, "reuse", reuse_table(document)))
     print(options.page)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.quality.capture import Attention
 from bench.quality.clusters import Budget, Clustering, SparseAttention, cluster, cluster_by_position, keep_labels
+from bench.quality.counts import FACTORS, CountStudy
 from bench.quality.exact import best_blocks, block_mass, exact_rows, recall, token_recall
 from bench.quality.measure import average, interpolate, require_exact, variance_within
 from bench.quality.reuse import CARRIED_ITERS, COLD_ITERS, ReuseStudy
@@ -121,6 +122,16 @@ def test_reuse_study_rows() -> None:
     # These steps have nothing in common: yesterday's labels are no better than chance, new iterations repair it.
     assert rows["carried", 0, 2]["key_variance_within"] > rows["carried", 5, 2]["key_variance_within"] + 0.1
     assert 0 < rows["carried", 2, 1]["recall_fixed"] <= 1
+
+
+def test_more_clusters_approximate_better() -> None:
+    study = CountStudy((3, 6), iters=5)
+    study.add(some_attention())
+    rows = study.results()
+    assert [(row["num_q_clusters"], row["num_k_clusters"]) for row in rows] == [(3 * q, 6 * k) for q, k in FACTORS]
+    for name in ("svg2+comp error at 25%", "svg2+comp+ear error at 25%"):
+        assert rows[-1][name] < rows[0][name]
+    assert rows[-1]["recall at 25%"] > rows[0]["recall at 25%"]
 
 
 def test_average_and_interpolation() -> None:

@@ -117,5 +117,9 @@ def test_tables_are_filled_and_filled_again() -> None:
     assert once.startswith("before\n") and "\nafter\n" in once and "old" not in once
     assert tables.fill(once, "reuse", tables.reuse_table(document)).count("| carried |") == len(CARRIED_ITERS)
     assert tables.fill(once, "reuse", "new") == once
+    count = {"num_q_clusters": 16, "num_k_clusters": 54}
+    names = [f"{name} at {density}" for name in tables.COUNT_COLUMNS for density in ("15%", "25%")]
+    counts = {"more_clusters": [{**count, **dict.fromkeys(names, 0.25)}]}
+    assert tables.cluster_count_table(counts).endswith("| 16, 54 | " + " | ".join(["0.250"] * 8) + " |")
     with pytest.raises(ValueError, match="no table 'video'; valid: attention, reuse"):
         tables.fill(page, "video", "")
