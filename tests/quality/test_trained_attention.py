@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -25,14 +23,6 @@ SIZE, GRID = VideoSize(8, 48, 48), (8, 12, 12)
 COUNTS = (10, 25)  # what the compiler chooses for this many tokens
 DENSITIES = (0.1, 0.25, 0.4)
 LAYERS = range(CONFIG["num_layers"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
