@@ -20,7 +20,7 @@ from bench.quality.measure import VARIANTS, average, error_curves, interpolate
 
 __all__ = ["FACTORS", "CountStudy"]
 
-FACTORS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (4, 4))
+FACTORS = ((1, 1), (4, 1), (1, 2), (2, 2), (1, 4), (2, 4), (4, 4))
 """How many times the default number of query and of key clusters."""
 SHOWN = (0.10, 0.15, 0.25)
 DENSITIES = (0.05, 0.10, 0.15, 0.20, 0.25)  # budgets end with a whole block: values are interpolated below
