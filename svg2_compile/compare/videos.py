@@ -53,7 +53,10 @@ def _from_tensor(tensor: Tensor, output_type: str | None, latent_channels: int |
     elif tensor.ndim == 4:
         tensor = tensor[None]
     if tensor.ndim != 5:
-        raise ValueError(f"output: expected videos with 5 axes, got a tensor {tuple(tensor.shape)}")
+        raise ValueError(
+            f"output: expected videos with 5 axes, got a tensor {tuple(tensor.shape)}. Latents that are packed into "
+            "tokens are no video: with an autoencoder, output_type='np' gives frames."
+        )
     frames_first = output_type == "latent" and latent_channels == tensor.shape[2] != tensor.shape[1]
     if output_type == "pt" or frames_first:
         tensor = tensor.transpose(1, 2)

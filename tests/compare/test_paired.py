@@ -78,6 +78,24 @@ def test_the_dictionary_is_json(comparison):
     assert data["maps"]["site"] == "blocks.2.attn1" and data["maps"]["step"] == 3
 
 
+@pytest.mark.parametrize("name", ["wan_two_experts", "hunyuan", "cogvideox"])
+def test_other_pipelines(name):
+    """Two transformers in turn, guidance inside the model, latents with frames first."""
+    small = build(name)
+    compared = svg2_compile.compare_with_dense(small.pipe, pipeline_arguments(small), **SELECTION)
+    assert not compared.identical and compared.psnr > 5
+    assert compared.density.sparse.any(1).all() and compared.density.mean_sparse < 1
+    assert len(compared.dense.step_seconds) == 4
+    assert (compared.ssim is None) == (name == "hunyuan")  # 8 x 8 latents
+    assert render(compared).count("<tr>") > 5
+
+
+def test_packed_latents_are_refused():
+    small = build("ltx")
+    with pytest.raises(ValueError, match=r"5 axes, got a tensor \(1, 128, 4\)\. .* output_type='np'"):
+        pipeline_subject(small.pipe, pipeline_arguments(small, 2), 0).generate(None)
+
+
 def test_frames_of_every_kind_become_one_video():
     import numpy as np
     from PIL import Image
