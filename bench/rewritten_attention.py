@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels import ops
+from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS, CountRule
 
-TOKENS_PER_QUERY_CLUSTER = 250
-TOKENS_PER_KEY_CLUSTER = 75
 WARM_ITERS = 2  # k-means iterations of every denoising step but the first
 
 
@@ -56,13 +55,13 @@ class RewrittenAttention:
         self.case = case
         self.query, self.key, self.value = query, key, value
         self.scale = case.head_dim**-0.5
-        self.q_centroids = self._first_step(query, TOKENS_PER_QUERY_CLUSTER)
-        self.k_centroids = self._first_step(key, TOKENS_PER_KEY_CLUSTER)
+        self.q_centroids = self._first_step(query, QUERY_CLUSTERS)
+        self.k_centroids = self._first_step(key, KEY_CLUSTERS)
         self.run()
 
-    def _first_step(self, x: Tensor, tokens_per_cluster: int) -> Tensor:
+    def _first_step(self, x: Tensor, rule: CountRule) -> Tensor:
         batch, heads, num_tokens, head_dim = x.shape
-        unused = torch.zeros(batch, heads, max(1, round(num_tokens / tokens_per_cluster)), head_dim)
+        unused = torch.zeros(batch, heads, rule.count(num_tokens), head_dim)
         return ops.kmeans(x, unused, torch.tensor(False), 10)[1]
 
     def cluster(self) -> None:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels import ops
+from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
 from svg2_compile.kernels.tuning_tables import TuningKey
 
 __all__ = ["Workload"]
 
-TOKENS_PER_QUERY_CLUSTER = 250
-TOKENS_PER_KEY_CLUSTER = 75
 HEAD_KERNEL = {"attention": "attend", "kmeans_assign": "_assign"}  # the launch that a configuration is about
 
 
@@ -40,10 +39,7 @@ class Workload:
     @property
     def clusters(self) -> tuple[int, int]:
         """Query clusters, key clusters."""
-        return (
-            max(1, self.num_tokens // TOKENS_PER_QUERY_CLUSTER),
-            max(1, self.num_tokens // TOKENS_PER_KEY_CLUSTER),
-        )
+        return QUERY_CLUSTERS.count(self.num_tokens), KEY_CLUSTERS.count(self.num_tokens)
 
     def call(self, device: torch.device, run: ModuleType = ops, seed: int | None = 0) -> Callable[[], Tensor]:
         """A function that runs the kernel's op once on fixed inputs and returns its main result.

@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
+from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS, CountRule
 from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
 from svg2_compile.passes.axes import Factor, same_length, size_expr
 from svg2_compile.passes.cost_model import (
@@ -35,9 +36,6 @@ from svg2_compile.passes.token_layout import TokenLayouts
 __all__ = ["Site", "SitePolicy", "Skip", "decide_sites"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Video tokens per cluster, after the published settings (75,600 tokens in 300 and 1,000 clusters), and the bounds.
-_TOKENS_PER_Q_CLUSTER, _MOST_Q_CLUSTERS = 250, 400
-_TOKENS_PER_K_CLUSTER, _MOST_K_CLUSTERS = 75, 1000
 
 
 @dataclass(frozen=True)
@@ -263,14 +261,15 @@ def _check_call(call: AttentionCall) -> KeyPadding | None:
 
 def _cluster_counts(policy: SitePolicy, video: Any) -> tuple[Any, Any]:
     """Clusters of queries and keys: as configured, else from the number of tokens; never more than tokens."""
-    q_clusters = policy.num_q_clusters or _at_most(video, _TOKENS_PER_Q_CLUSTER, _MOST_Q_CLUSTERS)
-    k_clusters = policy.num_k_clusters or _at_most(video, _TOKENS_PER_K_CLUSTER, _MOST_K_CLUSTERS)
+    q_clusters = policy.num_q_clusters or _default_count(QUERY_CLUSTERS, video)
+    k_clusters = policy.num_k_clusters or _default_count(KEY_CLUSTERS, video)
     return _plain(Min(q_clusters, video)), _plain(Min(k_clusters, video))
 
 
-def _at_most(video: Any, tokens_per_cluster: int, most: int) -> Any:
-    fewest = most // 40
-    return Min(most, Max(fewest, FloorDiv(video, tokens_per_cluster)))
+def _default_count(rule: CountRule, video: Any) -> Any:
+    """``rule.count``, of a symbolic number of tokens as well."""
+    wanted = rule.base + FloorDiv(video, rule.tokens_per_cluster)
+    return Min(wanted, rule.most, Max(1, FloorDiv(video, rule.fewest_tokens)))
 
 
 def _check_length(site: Site, policy: SitePolicy, device: torch.device) -> Site:

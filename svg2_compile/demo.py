@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -76,7 +77,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     return result
 
 
-SHORT_LOOP = {"init_iters": 10}
+SHORT_LOOP: dict[str, Any] = {"init_iters": 10}
 """A loop this short would not pay back the 50 iterations of a long one's start."""
 
 

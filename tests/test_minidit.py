@@ -171,7 +171,8 @@ def test_export_and_sample(tmp_path: Path) -> None:
     loaded = minidit.load_model(weights)
     video = minidit.sample_video(loaded, "red brick disc left", 0, frames=2, height=16, width=24, steps=2)
     assert video.shape == (3, 2, 16, 24) and video.isfinite().all()
-    size, steps = VideoSize(2, 16, 24), []
+    size = VideoSize(2, 16, 24)
+    steps: list[int] = []
     scheduler = minidit.make_scheduler(size.tokens)
     again = minidit.sample_videos(
         loaded, ["red brick disc left"], [0], size, 2, scheduler=scheduler, after_step=steps.append

@@ -17,7 +17,13 @@ from svg2_compile.minidit.model import VideoSize, initial_noise, load_model
 from svg2_compile.minidit.prompts import encode_prompt
 
 REPEATS = 5
-SETTINGS = {"dense_steps": 1, "dense_layers": 0, "min_tokens": 0, "init_iters": 10, "inner_backend": "inductor"}
+SETTINGS: dict[str, Any] = {
+    "dense_steps": 1,
+    "dense_layers": 0,
+    "min_tokens": 0,
+    "init_iters": 10,
+    "inner_backend": "inductor",
+}
 # One dense step, then sparse ones; every measured video has both.
 TIMESTEPS = (900.0, 700.0, 500.0)
 # Two orders of summation may let a tie in k-means fall differently: a few tokens then attend to other blocks.

@@ -31,7 +31,7 @@ class Stage:
 STAGES = (
     Stage(
         "512 tokens",
-        1400,
+        1340,
         (
             Choice(VideoSize(8, 32, 32), 16, 6),
             Choice(VideoSize(4, 40, 48), 16, 1),
@@ -41,7 +41,7 @@ STAGES = (
     ),
     Stage(
         "1,152 tokens",
-        500,
+        300,
         (
             Choice(VideoSize(8, 48, 48), 6, 5),
             Choice(VideoSize(16, 32, 32), 7, 2),
@@ -51,7 +51,7 @@ STAGES = (
     ),
     Stage(
         "3,072 tokens",
-        200,
+        130,
         (
             Choice(VideoSize(12, 64, 64), 3, 5),
             Choice(VideoSize(16, 48, 64), 3, 2),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
 from svg2_compile.passes.decide_sites import Site, decide_sites
 from svg2_compile.passes.find_attention import find_attention
 from svg2_compile.passes.token_layout import analyse_token_layout
@@ -119,12 +120,12 @@ def test_a_long_video_is_sparse_by_cost():
     )
     (site,) = decide(gm, policy)
     assert isinstance(site, Site) and site.predicted_speedup > 1
-    assert (site.num_q_clusters, site.num_k_clusters) == (96, 320)
+    assert (site.num_q_clusters, site.num_k_clusters) == (QUERY_CLUSTERS.count(24000), KEY_CLUSTERS.count(24000))
 
 
 def test_clusters_never_outnumber_tokens():
     gm, _ = dynamo_graph(model_of(sdpa), video(tokens=4))
-    (site,) = decide(gm, dataclasses.replace(SITES, num_q_clusters=300, num_k_clusters=None))
+    (site,) = decide(gm, dataclasses.replace(SITES, num_q_clusters=300, num_k_clusters=300))
     assert (site.num_q_clusters, site.num_k_clusters) == (4, 4)
 
 
@@ -172,5 +173,7 @@ def test_symbolic_lengths_stay_symbolic_and_add_no_guard():
     site, by_cost = found
     assert guards == [0]
     (symbol,) = site.video_tokens.free_symbols
-    assert site.num_k_clusters.subs(symbol, 75 * 40) == 40 and site.num_k_clusters.subs(symbol, 10) == 10
+    for tokens in (10, 900, 4096, 75_600, 10**6):
+        assert site.num_q_clusters.subs(symbol, tokens) == QUERY_CLUSTERS.count(tokens)
+        assert site.num_k_clusters.subs(symbol, tokens) == KEY_CLUSTERS.count(tokens)
     assert by_cost.reason == "cost" and by_cost.predicted_speedup < 1
