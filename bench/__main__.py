@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("cpu_attention", "compile_time", "e2e_quality", "export")
+BENCHMARKS = ("cpu_attention", "compile_time", "export", "quality.attention", "quality.video", "e2e_quality")
 
 
 def main() -> int:

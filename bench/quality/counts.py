@@ -1,4 +1,4 @@
-"""What more clusters are worth: recall and output error at equal density, for more query and more key clusters.
+"""What the number of clusters is worth: recall and output error at equal density, for fewer and more than default.
 
 A block map has a row per query cluster, so that all its queries share one selection: the wider the cluster, the less
 the selection fits each of them, and the less its centroid tells their error. Smaller key clusters are better
@@ -20,7 +20,7 @@ from bench.quality.measure import VARIANTS, average, error_curves, interpolate
 
 __all__ = ["FACTORS", "CountStudy"]
 
-FACTORS = ((1, 1), (4, 1), (1, 2), (2, 2), (1, 4), (2, 4), (4, 4))
+FACTORS = ((1 / 3, 1 / 4), (1 / 3, 1), (1, 1 / 4), (1, 1 / 2), (1, 1), (2, 1), (2, 2))
 """How many times the default number of query and of key clusters."""
 SHOWN = (0.10, 0.15, 0.25)
 DENSITIES = (0.05, 0.10, 0.15, 0.20, 0.25)  # budgets end with a whole block: values are interpolated below
@@ -39,7 +39,7 @@ class CountStudy:
         num_tokens = attention.query.shape[2]
         rows = torch.arange(0, num_tokens, max(1, num_tokens // SAMPLED_QUERIES))
         for factors in FACTORS:
-            counts = (self.counts[0] * factors[0], self.counts[1] * factors[1])
+            counts = (round(self.counts[0] * factors[0]), round(self.counts[1] * factors[1]))
             clustering = cluster(attention, counts, self.iters)
             sparse = SparseAttention(attention, clustering)
             (mass,) = block_mass(attention, [clustering], rows)

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.common import BENCH, RESULTS
 
-__all__ = ["attention_tables", "cluster_count_table", "fill", "reuse_table"]
+__all__ = ["attention_tables", "cluster_count_table", "fill", "reuse_table", "video_table"]
 
 PAGE = BENCH.parent / "docs" / "quality.md"
 RECALL_ROWS = {
@@ -72,6 +72,25 @@ def cluster_count_table(document: Mapping[str, Any]) -> str:
     return markdown(["query, key clusters", *(name.replace("%", " %") for name in what)], rows)
 
 
+def video_table(document: Mapping[str, Any]) -> str:
+    """PSNR, SSIM and speed of every method at every budget, and of the selections by mass."""
+    rows = [
+        [
+            row["method"],
+            f"density {row['density']:.1%}" if "top_p" not in row else f"top_p {row['top_p']}: {row['density']:.1%}",
+            f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}",
+            f"{row['ssim_mean']:.3f}",
+            f"{row['ms_ssim_mean']:.3f}",
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in document["results"]
+    ]
+    header = ["method", "selection", "PSNR, dB", "SSIM", "multi-scale SSIM", "speed-up of the loop"]
+    size = f"{document['frames']}x{document['height']}x{document['width']} pixels, {document['tokens']:,} tokens"
+    about = f"{len(document['jobs'])} videos of {size}, {document['steps']} steps; mean ± deviation over videos."
+    return about + "\n\n" + markdown(header, rows)
+
+
 def fill(page: str, name: str, table: str) -> str:
     """``page`` with the table called ``name`` replaced. Raises ValueError where the page has no such table."""
     pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -88,7 +107,9 @@ def main() -> None:
     document = json.loads((options.results / "quality_attention.json").read_text())
     page = fill(options.page.read_text(), "attention", attention_tables(document))
     page = fill(page, "clusters", cluster_count_table(document))
-    options.page.write_text(fill(page, "reuse", reuse_table(document)))
+    page = fill(page, "reuse", reuse_table(document))
+    video = json.loads((options.results / "quality_video.json").read_text())
+    options.page.write_text(fill(page, "video", video_table(video)))
     print(options.page)
 
 

@@ -56,7 +56,7 @@ def made_up_document() -> dict[str, Any]:
 
 def made_up_rows() -> list[dict[str, Any]]:
     methods = [name + treatment for name in METHODS for treatment in LINES]
-    quality = {"psnr_std": 1.5, "ssim_mean": 0.9}
+    quality = {"psnr_std": 1.5, "ssim_mean": 0.9, "ms_ssim_mean": 0.95}
     rows = [
         {
             "method": method,
@@ -121,5 +121,9 @@ def test_tables_are_filled_and_filled_again() -> None:
     names = [f"{name} at {density}" for name in tables.COUNT_COLUMNS for density in ("15%", "25%")]
     counts = {"more_clusters": [{**count, **dict.fromkeys(names, 0.25)}]}
     assert tables.cluster_count_table(counts).endswith("| 16, 54 | " + " | ".join(["0.250"] * 8) + " |")
+    size = {"frames": 8, "height": 32, "width": 32, "tokens": 512, "steps": 20, "jobs": [["one", 1], ["two", 2]]}
+    video = tables.video_table({**size, "results": made_up_rows()})
+    assert video.startswith("2 videos of 8x32x32 pixels, 512 tokens, 20 steps") and video.count("dB") == 1
+    assert len(video.splitlines()) == 4 + len(made_up_rows())
     with pytest.raises(ValueError, match="no table 'video'; valid: attention, reuse"):
         tables.fill(page, "video", "")
