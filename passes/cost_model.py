@@ -55,9 +55,14 @@ _GPUS = {
 _DENSITY_BY_TOP_P = ((0.0, 0.05), (0.7, 0.14), (0.85, 0.25), (0.9, 0.30), (0.95, 0.45), (1.0, 1.0))
 
 
+# What a pair of query centroid and key costs in error-aware routing, in pairs of attention (measured on a CPU).
+_ROUTING_PAIR = 5
+
+
 @dataclass(frozen=True)
 class CostInputs:
-    """One attention. video, context: tokens; ints or sympy. groups: batch * query heads. iters: k-means iterations."""
+    """One attention. video, context: tokens; ints or sympy. groups: batch * query heads. iters: k-means iterations.
+    compensation: skipped clusters take part by their centroids. error_routing: blocks are chosen by error."""
 
     video: Any
     context: Any
@@ -68,6 +73,8 @@ class CostInputs:
     iters: int
     density: float
     bytes_per_element: int = 2
+    compensation: bool = False
+    error_routing: bool = False
 
 
 def profile_for(device: torch.device) -> DeviceProfile:
@@ -98,12 +105,16 @@ def dense_seconds(cost: CostInputs, profile: DeviceProfile) -> Any:
 
 
 def sparse_seconds(cost: CostInputs, profile: DeviceProfile) -> Any:
-    """k-means, permutation of Q, K, V and O, the selected blocks, and what every call costs."""
+    """k-means, permutation of Q, K, V and O, selection by error, the selected blocks, and what every call costs."""
     tokens = cost.video + cost.context
     clusters = cost.num_q_clusters + cost.num_k_clusters
     kmeans = 2 * cost.groups * cost.iters * cost.video * clusters * cost.head_dim / profile.kmeans_flops
     permute = 8 * cost.groups * tokens * cost.head_dim * cost.bytes_per_element / profile.bandwidth
     pairs = cost.density * cost.video**2 + 2 * cost.video * cost.context + cost.context**2
+    if cost.compensation:
+        pairs += (1 - cost.density) * cost.video * cost.num_k_clusters
+    if cost.error_routing:
+        pairs += _ROUTING_PAIR * cost.video * cost.num_q_clusters
     attend = 4 * cost.groups * pairs * cost.head_dim / profile.sparse_flops
     per_head = profile.head_overhead + cost.num_q_clusters * profile.cluster_overhead
     return kmeans + permute + attend + cost.groups * per_head + profile.call_overhead

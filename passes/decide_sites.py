@@ -50,6 +50,8 @@ class SitePolicy:
     top_p: float
     density: float | None
     min_k_ratio: float
+    compensation: str
+    routing: str
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,8 @@ def _check_length(site: Site, policy: SitePolicy, device: torch.device) -> Site:
         iters=policy.step_iters,
         density=expected_density(policy.top_p, policy.density, policy.min_k_ratio),
         bytes_per_element=node_value(site.call.node).dtype.itemsize,
+        compensation=policy.compensation == "centroid",
+        error_routing=policy.routing == "error",
     )
     profile = profile_for(device)
     gain = float(speedup(cost, profile)) if cost.groups and video else 0.0

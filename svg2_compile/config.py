@@ -43,8 +43,8 @@ class Svg2Config:
             model's crossover on the device.
         compensation: "none", or "centroid": key clusters that were not selected take part through their centroid
             (SVG-EAR, arXiv 2603.08982).
-        routing: "score" selects by softmax mass; "error" by the error that compensation would make (SVG-EAR). Needs
-            compensation="centroid".
+        routing: "score" selects by softmax mass; "error" by the error that compensation would make (SVG-EAR); it needs
+            compensation="centroid". "auto" is "error" with compensation and "score" without.
         inner_backend: the torch.compile backend that compiles the graphs. "inductor" is replaced, with a warning,
             on machines where it cannot work.
         inductor_mode: mode for Inductor ("max-autotune" ...), None for its default.
@@ -67,8 +67,8 @@ class Svg2Config:
     dense_steps: int | float = 0.2
     dense_layers: int | float = 0.03
     min_tokens: int | str = "auto"
-    compensation: str = "none"
-    routing: str = "score"
+    compensation: str = "centroid"
+    routing: str = "auto"
     inner_backend: str = "inductor"
     inductor_mode: str | None = None
     strict: bool = False
@@ -83,6 +83,8 @@ class Svg2Config:
             object.__setattr__(self, item.name, parsed)
         if self.preset is not None:
             object.__setattr__(self, "preset", load_preset(self.preset).name)
+        if self.routing == "auto":
+            object.__setattr__(self, "routing", "error" if self.compensation == "centroid" else "score")
         if self.routing == "error" and self.compensation != "centroid":
             raise ConfigError(
                 f"routing='error' minimises the error of compensation, but compensation={self.compensation!r}. "
@@ -124,6 +126,9 @@ class Svg2Config:
         if preset is None:
             return cls(**values)
         chosen = load_preset(preset)
+        if "compensation" in values:
+            # The preset's routing belongs to the preset's compensation.
+            values.setdefault("routing", "auto")
         return cls(**{**chosen.settings, **values, "preset": chosen.name})
 
     def replace(self, **changes: Any) -> Svg2Config:
@@ -132,8 +137,10 @@ class Svg2Config:
         Raises:
             ConfigError: as :meth:`from_options`.
         """
-        named = canonical_names(changes)
-        return dataclasses.replace(self, **{name: value for name, (_, value) in named.items()})
+        values = {name: value for name, (_, value) in canonical_names(changes).items()}
+        if "compensation" in values:
+            values.setdefault("routing", "auto")
+        return dataclasses.replace(self, **values)
 
     def site_policy(self) -> SitePolicy:
         """The part of the settings that decides which attentions become sparse."""

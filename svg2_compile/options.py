@@ -90,7 +90,7 @@ SPECS: Mapping[str, Spec] = {
     "dense_layers": _COUNT_OR_FRACTION,
     "min_tokens": Spec(("int", "str"), choices=("auto",)),
     "compensation": Spec(("str",), choices=("none", "centroid")),
-    "routing": Spec(("str",), choices=("score", "error")),
+    "routing": Spec(("str",), choices=("auto", "score", "error")),
     "inner_backend": Spec(("str",)),
     "inductor_mode": Spec(("str",), optional=True),
     "strict": Spec(("bool",)),

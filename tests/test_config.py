@@ -147,9 +147,23 @@ def test_an_error_uses_the_spelling_of_the_user() -> None:
 
 
 def test_error_routing_needs_compensation() -> None:
-    assert Svg2Config(routing="error", compensation="centroid").routing == "error"
+    assert Svg2Config().routing == "error"
+    assert Svg2Config(compensation="none").routing == "score"
+    assert Svg2Config(routing="score").compensation == "centroid"
     with pytest.raises(ConfigError, match="compensation='centroid'"):
-        Svg2Config(routing="error")
+        Svg2Config(routing="error", compensation="none")
+
+
+def test_routing_follows_a_changed_compensation() -> None:
+    plain = Svg2Config().replace(compensation="none")
+    assert (plain.compensation, plain.routing) == ("none", "score")
+    assert plain.replace(compensation="centroid").routing == "error"
+    balanced = Svg2Config.from_options({"preset": "ltx:balanced", "compensation": "none"})
+    assert (balanced.compensation, balanced.routing) == ("none", "score")
+    published = {"preset": "wan2.1-14b-720p:quality"}
+    assert Svg2Config.from_options(published).compensation == "none"
+    assert Svg2Config.from_options({**published, "compensation": "centroid"}).routing == "error"
+    assert Svg2Config.from_options({**published, "compensation": "centroid", "routing": "score"}).routing == "score"
 
 
 def test_inner_backend_and_mode() -> None:
@@ -185,7 +199,8 @@ def test_cache_key_covers_every_setting() -> None:
         "dense_steps": 5,
         "dense_layers": 5,
         "min_tokens": 5,
-        "compensation": "centroid",
+        "compensation": "none",
+        "routing": "score",
         "inner_backend": "eager",
         "inductor_mode": "max-autotune",
         "strict": True,
@@ -194,10 +209,10 @@ def test_cache_key_covers_every_setting() -> None:
         "workspace_mb": 64,
         "dump_dir": "x",
     }
-    assert set(SPECS) - set(changed) == {"routing"}  # cannot change alone
+    assert set(SPECS) == set(changed)
     keys = {Svg2Config(**{name: value}).cache_key() for name, value in changed.items()}
-    keys |= {Svg2Config().cache_key(), Svg2Config(compensation="centroid", routing="error").cache_key()}
-    assert len(keys) == len(changed) + 2
+    keys |= {Svg2Config().cache_key()}
+    assert len(keys) == len(changed) + 1
     assert Svg2Config(dense_steps=0).cache_key() != Svg2Config(dense_steps=0.0).cache_key()
 
 

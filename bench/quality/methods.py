@@ -12,7 +12,8 @@ from svg2_compile.minidit.model import VideoSize
 
 __all__ = ["METHODS", "Method"]
 
-COMPENSATED = {"compensation": "centroid"}
+PLAIN = {"compensation": "none"}
+COMPENSATED = {"compensation": "centroid", "routing": "score"}
 ROUTED = {"compensation": "centroid", "routing": "error"}
 
 
@@ -35,12 +36,12 @@ class Method:
 
 
 METHODS = (
-    Method("svg2", None, {}),
+    Method("svg2", None, PLAIN),
     Method("svg2+comp", None, COMPENSATED),
     Method("svg2+comp+ear", None, ROUTED),
-    Method("raster", "raster", {}),
+    Method("raster", "raster", PLAIN),
     Method("raster+comp", "raster", COMPENSATED),
-    Method("tiles", "tiles", {}),
+    Method("tiles", "tiles", PLAIN),
     Method("tiles+comp", "tiles", COMPENSATED),
     Method("tiles+comp+ear", "tiles", ROUTED),
 )

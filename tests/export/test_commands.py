@@ -73,7 +73,7 @@ def test_inspect_draws_the_rewritten_part(files: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
     picture = ElementTree.fromstring((tmp_path / "graph.svg").read_text())
     texts = [item.text for item in picture.iter("{http://www.w3.org/2000/svg}text")]
-    for expected in ("svg2::kmeans", "svg2::select_blocks", "query_state", "float32 [1, 2, 7, 16]", "density"):
+    for expected in ("svg2::kmeans", "svg2::select_blocks_by_error", "query_state", "float32 [1, 2, 7, 16]", "density"):
         assert expected in texts
     dot = (tmp_path / "graph.dot").read_text()
     assert dot.count("svg2::kmeans") == 2 and '"svg2_0_query_labels" -> "svg2_0_block_map"' in dot

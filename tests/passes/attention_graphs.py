@@ -27,6 +27,8 @@ SITES = SitePolicy(
     top_p=1.0,
     density=None,
     min_k_ratio=0.0,
+    compensation="none",
+    routing="score",
 )
 KEEP_ALL = SparsityPolicy(
     top_p=1.0,

@@ -39,6 +39,14 @@ def test_the_crossover_is_where_the_speedup_is_one():
     assert speedup(dataclasses.replace(COST, video=crossover - 1), CPU) <= 1
 
 
+def test_compensation_and_routing_have_their_price():
+    plain, compensated, routed = (
+        float(sparse_seconds(dataclasses.replace(COST, **extra), CPU))
+        for extra in ({}, {"compensation": True}, {"compensation": True, "error_routing": True})
+    )
+    assert plain < compensated < routed < 1.3 * plain
+
+
 def test_nothing_is_gained_at_full_density():
     assert crossover_tokens(dataclasses.replace(COST, density=1.0), CPU) is None
 
