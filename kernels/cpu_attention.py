@@ -18,6 +18,7 @@ from torch import Tensor
 from svg2_compile.kernels.cpu_cluster import permute_tokens, unpermute_tokens
 from svg2_compile.kernels.tuning import tuned
 
+MAX_MASK_ELEMENTS = 1 << 23  # of the masks that lists of keys are made from; a list takes 16 bytes per key meanwhile
 MIN_FUSED_KEYS = 64  # with fewer keys than a vector has lanes (16), the fused kernel turns NaN scores into 0
 
 
@@ -116,63 +117,77 @@ def _attend_head(
 ) -> None:
     """Write out [Nq, Dv] and lse [Nq] of one head; rows without any key are left as they are."""
     query = _as_float_rows(query)
-    for group in _row_groups(q_offsets.tolist(), block_map):
-        result = keys.attend(query[group.rows], group.selected, scale)
-        if result is not None:
-            out[group.rows], lse[group.rows] = result
+    groups = list(_row_groups(q_offsets.tolist(), block_map))
+    # Lists of keys for many groups at once: one call each instead of one per group, in bounded memory.
+    at_once = max(1, MAX_MASK_ELEMENTS // max(1, keys.num_rows))
+    for first in range(0, len(groups), at_once):
+        chosen = groups[first : first + at_once]
+        lists = keys.lists(torch.stack([group.selected for group in chosen]))
+        for group, index in zip(chosen, lists, strict=True):
+            if index.shape[0]:
+                out[group.rows], lse[group.rows] = keys.attend(query[group.rows], index, scale)
 
 
 class HeadKeys:
-    """Keys and values of one head, and how to attend to some of their blocks."""
+    """Keys and values of one head in one table: its tokens, the means of its clusters if skipped clusters take part
+    through them, and a row of weight 0 that pads lists to equal parts."""
 
     def __init__(self, key: Tensor, value: Tensor, offsets: Tensor, means: tuple[Tensor, Tensor] | None) -> None:
         """key [n, D], value [n, Dv], offsets [C + 3]; means: the clusters' (keys [C, D], values [C, Dv]), or None."""
-        self.key = _as_float_rows(key)
-        self.value = _as_float_rows(value)
-        self.sizes = offsets.diff().to(torch.int64)
-        self.block_of_key = torch.repeat_interleave(torch.arange(self.sizes.shape[0]), self.sizes)
-        self.means = means
+        sizes = offsets.diff().to(torch.int64)
+        self.num_tokens = key.shape[0]
+        self.num_means = 0 if means is None else means[0].shape[0]
+        self.block_of_key = torch.repeat_interleave(torch.arange(sizes.shape[0]), sizes)
+        self.filled = sizes[: self.num_means] > 0
         self.limits = tuned("cpu_attention", key.device, key.dtype, key.shape[1], key.shape[0])
-        # Gathered keys, mean keys and padding: one workspace for all query blocks, no page faults in each of them.
-        capacity = key.shape[0] + offsets.shape[0] + torch.get_num_threads()
+        mean_keys, mean_values = (None, None) if means is None else means
+        self.key, self.value = _table(key, mean_keys), _table(value, mean_values)
+        self.bias = self.key.new_zeros(self.num_rows)
+        self.bias[self.num_tokens : -1] = sizes[: self.num_means].to(torch.float32).log()
+        self.bias[-1] = -math.inf
+        # Gathered rows: one workspace for all query blocks, no page faults in each of them.
+        capacity = self.num_rows + torch.get_num_threads()
         self.gathered_key = self.key.new_empty(capacity, key.shape[1])
         self.gathered_value = self.value.new_empty(capacity, value.shape[1])
 
-    def attend(self, query: Tensor, selected: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-        """float32 query [m, D] -> (out [m, Dv], lse [m]); None where there is no key to attend to."""
-        index = selected.index_select(0, self.block_of_key).nonzero().squeeze(-1)
-        skipped = self._skipped_clusters(selected)
-        num_exact, num_means = index.shape[0], skipped.shape[0]
-        if num_exact + num_means == 0:
-            return None
-        parts = key_parts(query.shape[0], num_exact + num_means, torch.get_num_threads(), self.limits)
-        padding = -(num_exact + num_means) % parts
-        total = num_exact + num_means + padding
-        if total == num_exact:
-            first, last = int(index[0]), int(index[-1])
-            if last - first + 1 == total:  # already one run, as at top_p = 1
-                run = slice(first, last + 1)
-                return attend_to_keys(query, self.key[run], self.value[run], None, scale, parts)
-        keys, values = self.gathered_key[:total], self.gathered_value[:total]
-        torch.index_select(self.key, 0, index, out=keys[:num_exact])
-        torch.index_select(self.value, 0, index, out=values[:num_exact])
-        if total == num_exact:
-            return attend_to_keys(query, keys, values, None, scale, parts)
-        bias = keys.new_zeros(total)
-        means_end = num_exact + num_means
-        if self.means is not None:
-            keys[num_exact:means_end], values[num_exact:means_end] = (mean[skipped] for mean in self.means)
-            bias[num_exact:means_end] = self.sizes[skipped].to(torch.float32).log()
-        # Padding repeats a key that is attended to anyway, with weight 0.
-        keys[means_end:], values[means_end:], bias[means_end:] = keys[0], values[0], -math.inf
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table."""
+        return self.num_tokens + self.num_means + 1
+
+    def lists(self, selected: Tensor) -> tuple[Tensor, ...]:
+        """The rows of the table that each selection attends to: bool [R, C + 2] -> R lists of int64, ascending."""
+        included = selected.index_select(1, self.block_of_key)
+        if self.num_means:
+            # Compensation stands in for clusters that are not selected and not empty.
+            included = torch.cat([included, ~selected[:, : self.num_means] & self.filled], dim=1)
+        return included.nonzero()[:, 1].split(included.sum(dim=1).tolist())
+
+    def attend(self, query: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """float32 query [m, D] over the rows ``index`` of the table, at least one -> (out [m, Dv], lse [m])."""
+        parts = key_parts(query.shape[0], index.shape[0], torch.get_num_threads(), self.limits)
+        first, last = int(index[0]), int(index[-1])
+        one_run = last - first + 1 == index.shape[0] and last < self.num_tokens  # as at top_p = 1
+        padding = -index.shape[0] % parts
+        if one_run and not padding:
+            run = slice(first, last + 1)
+            return attend_to_keys(query, self.key[run], self.value[run], None, scale, parts)
+        if padding:
+            index = torch.cat([index, index.new_full((padding,), self.num_rows - 1)])
+        keys, values = self.gathered_key[: index.shape[0]], self.gathered_value[: index.shape[0]]
+        torch.index_select(self.key, 0, index, out=keys)
+        torch.index_select(self.value, 0, index, out=values)
+        bias = self.bias.index_select(0, index) if padding or last >= self.num_tokens else None
         return attend_to_keys(query, keys, values, bias, scale, parts)
 
-    def _skipped_clusters(self, selected: Tensor) -> Tensor:
-        """Indices of the clusters that compensation stands in for: not selected and not empty."""
-        if self.means is None:
-            return selected.new_empty(0, dtype=torch.int64)
-        num_clusters = self.means[0].shape[0]
-        return (~selected[:num_clusters] & (self.sizes[:num_clusters] > 0)).nonzero().squeeze(-1)
+
+def _table(tokens: Tensor, means: Tensor | None) -> Tensor:
+    """float32 rows: tokens [n, D], means [C, D] if any, and one of zeros."""
+    table = tokens.new_zeros(tokens.shape[0] + (0 if means is None else means.shape[0]) + 1, tokens.shape[1]).float()
+    table[: tokens.shape[0]] = tokens
+    if means is not None:
+        table[tokens.shape[0] : -1] = means
+    return table
 
 
 def key_parts(num_rows: int, num_keys: int, num_threads: int, limits: Mapping[str, int]) -> int:
