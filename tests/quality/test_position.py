@@ -93,6 +93,7 @@ def test_compiled_graphs_use_the_blocks_at_run_time() -> None:
     model, grid = _SelfAttention().eval(), (4, 8, 8)
     options: dict[str, Any] = {
         "density": 0.3,
+        "compensation": "none",
         "min_tokens": 0,
         "dense_steps": 0,
         "dense_layers": 0,

@@ -14,13 +14,14 @@ from bench.quality.capture import Attention, watch_attention
 from bench.quality.clusters import Budget, Clustering, SparseAttention, cluster, cluster_by_position
 from bench.quality.exact import block_mass
 from bench.quality.measure import error_curves, interpolate, recall_curves, require_exact
+from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
 from svg2_compile.kernels.cpu_select import _log_errors
 from svg2_compile.minidit.model import CONFIG, WEIGHTS, VideoSize, load_model
 
 pytestmark = pytest.mark.skipif(not WEIGHTS.exists(), reason="needs the trained weights")
 
 SIZE, GRID = VideoSize(8, 48, 48), (8, 12, 12)
-COUNTS = (10, 25)  # what the compiler chooses for this many tokens
+COUNTS = QUERY_CLUSTERS.count(SIZE.tokens), KEY_CLUSTERS.count(SIZE.tokens)
 DENSITIES = (0.1, 0.25, 0.4)
 LAYERS = range(CONFIG["num_layers"])
 
