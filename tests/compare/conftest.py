@@ -11,9 +11,9 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 HOSTILE = '"><script>alert(1)</script><img src="https://example.org/x.png" onerror=alert(1)> {{ 7 * 7 }} </script>'
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """Threads cost more than they bring at these sizes."""
+    """Threads cost more than they bring at these sizes; other tests get them back."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
