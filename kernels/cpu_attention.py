@@ -1,32 +1,46 @@
 """Block-sparse attention on the CPU: gather the keys that a query block selected, then ATen's fused attention.
 
-Keys of one head are gathered into one contiguous run per query block, so the work inside is the same dense kernel that
-scaled_dot_product_attention uses, over fewer keys. That kernel shares out whole blocks of query rows among threads,
-too few of them in one cluster to keep every core busy; so the keys are cut into equal parts, one per thread, and the
-partial results are merged by their log-sum-exp. The mean keys of compensation are keys with a bias in the same call.
+The work inside is the same dense kernel that scaled_dot_product_attention uses, over fewer keys: those that a query
+block selected are gathered into one contiguous run. A call for one block, a hundred rows or so, costs about as much in
+overhead as in arithmetic and keeps few cores busy; so blocks of all heads with about as many rows and keys share a
+call, padded with keys of weight 0. Where a call still is too small for the cores, its keys are cut into equal parts and
+the partial results are merged by their log-sum-exp. Mean keys, of compensation, are keys with a bias in the same call.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from svg2_compile.kernels.cpu_cluster import permute_tokens, unpermute_tokens
+from svg2_compile.kernels.cpu_keys import Head, KeyTable
 from svg2_compile.kernels.tuning import tuned
 
-MAX_MASK_ELEMENTS = 1 << 23  # of the masks that lists of keys are made from; a list takes 16 bytes per key meanwhile
+TABLE_BYTES = 1 << 26  # of the keys and values whose query blocks may share calls; one head at the least
+MAX_LISTED_KEYS = 1 << 22  # in the lists that wait for others to share a call with
+GATHERED_BYTES = 1 << 22  # of keys and values gathered for one call: they stay in the cache
 MIN_FUSED_KEYS = 64  # with fewer keys than a vector has lanes (16), the fused kernel turns NaN scores into 0
+MAX_PADDING = (
+    1.125  # blocks share a call if the largest has at most this many times the keys, and rows, of the smallest
+)
+GATHER_ROWS = 32  # fetching a key and its value costs about as much as attending to it from this many rows
 
 
-class RowGroup(NamedTuple):
-    """Consecutive query blocks that select the same key blocks."""
+class QueryGroup(NamedTuple):
+    """Consecutive query blocks of one head that select the same key blocks, and the keys they attend to."""
 
-    rows: slice
-    selected: Tensor  # bool [Ck + 2]
+    first_row: int  # of the queries of all heads
+    num_rows: int
+    key_rows: Tensor  # of the key table: int64, ascending, at least one
+
+    @property
+    def num_keys(self) -> int:
+        return self.key_rows.shape[0]
 
 
 def block_sparse_attention(
@@ -44,7 +58,8 @@ def block_sparse_attention(
     workspace_mb: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query block over its selected key blocks; see ``ops.block_sparse_attention``. Works on
-    one head at a time, so its workspace is that of one head's tokens, whatever ``workspace_mb`` is."""
+    a few heads at a time (of a long video: one), so its workspace is that of their tokens, whatever ``workspace_mb``
+    is."""
     if k_order is not None:
         key, value = permute_tokens(key, k_order), permute_tokens(value, k_order)
     if q_order is not None:
@@ -53,17 +68,22 @@ def block_sparse_attention(
     kv_heads = key.shape[1]
     _check_offset_contents("q_offsets", q_offsets, num_queries)
     _check_offset_contents("k_offsets", k_offsets, key.shape[2])
-    out = query.new_zeros(batch, q_heads, num_queries, value.shape[3])
-    lse = query.new_full((batch, q_heads, num_queries), -math.inf, dtype=torch.float32)
-    group = q_heads // max(kv_heads, 1)
-    for b in range(batch):
-        for g in range(kv_heads):
-            means = None
-            if k_centroids is not None and v_centroids is not None:
-                means = (k_centroids[b, g], v_centroids[b, g])
-            keys = HeadKeys(key[b, g], value[b, g], k_offsets[b, g], means)
-            for h in range(g * group, (g + 1) * group):
-                _attend_head(query[b, h], keys, q_offsets[b, h], block_map[b, h], scale, out[b, h], lse[b, h])
+    rows = query.reshape(-1, query.shape[3])
+    # One row more than there are queries: there the padding goes.
+    out = query.new_zeros(rows.shape[0] + 1, value.shape[3])
+    lse = query.new_full((rows.shape[0] + 1,), -math.inf, dtype=torch.float32)
+    limits = tuned("cpu_attention", key.device, key.dtype, key.shape[3], key.shape[2])
+    means = None if k_centroids is None or v_centroids is None else (k_centroids, v_centroids)
+    heads = [(b, g) for b in range(batch) for g in range(kv_heads)]
+    at_once = max(1, TABLE_BYTES // max(1, 4 * key.shape[2] * (key.shape[3] + value.shape[3])))
+    for first in range(0, len(heads), at_once):
+        chosen = heads[first : first + at_once]
+        keys = KeyTable(key, value, k_offsets, means, chosen)
+        for together in _in_bounded_memory(_query_groups(keys, chosen, q_offsets, block_map, kv_heads)):
+            for groups in shared_calls(together, GATHERED_BYTES // (4 * (key.shape[3] + value.shape[3]))):
+                _attend(rows, keys, groups, scale, limits, out, lse)
+    out = out[:-1].view(batch, q_heads, num_queries, value.shape[3])
+    lse = lse[:-1].view(batch, q_heads, num_queries)
     if q_order is not None:
         return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.to(torch.int64), lse)
     return out, lse
@@ -91,115 +111,119 @@ def _check_offset_contents(name: str, offsets: Tensor, num_tokens: int) -> None:
         )
 
 
-def _as_float_rows(tokens: Tensor) -> Tensor:
-    """float32 [n, D] whose rows are dense, as the fused attention wants them; a view where that already holds."""
-    tokens = tokens.to(torch.float32)
-    return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+def _query_groups(
+    keys: KeyTable, heads: Sequence[Head], q_offsets: Tensor, block_map: Tensor, kv_heads: int
+) -> Iterator[QueryGroup]:
+    """The query blocks that have rows and keys, of the heads of a table; neighbours with one selection are merged."""
+    q_heads = block_map.shape[1]
+    heads_per_group = q_heads // kv_heads
+    for position, (b, g) in enumerate(heads):
+        for h in range(g * heads_per_group, (g + 1) * heads_per_group):
+            bounds = q_offsets[b, h].tolist()
+            rows, selections = _merged_blocks(bounds, block_map[b, h])
+            first_row = (b * q_heads + h) * bounds[-1]
+            for (start, end), index in zip(rows, keys.lists(position, selections), strict=True):
+                if index.shape[0]:
+                    yield QueryGroup(first_row + start, end - start, index)
 
 
-def _row_groups(q_bounds: list[int], block_map: Tensor) -> Iterator[RowGroup]:
-    """Non-empty query blocks in order, neighbours with the same selection merged (all of them at top_p = 1)."""
+def _merged_blocks(q_bounds: list[int], block_map: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
+    """Non-empty query blocks, (start, end) of each and their selections [R, Ck + 2]; equal neighbours are one, as all
+    are at top_p = 1."""
     filled = [i for i in range(len(q_bounds) - 1) if q_bounds[i + 1] > q_bounds[i]]
-    if not filled:
-        return
     selections = block_map[filled]
-    differs = (selections[1:] != selections[:-1]).any(dim=-1).tolist()
-    first = 0
-    for position in range(1, len(filled) + 1):
-        if position == len(filled) or differs[position - 1]:
-            rows = slice(q_bounds[filled[first]], q_bounds[filled[position - 1] + 1])
-            yield RowGroup(rows, selections[first])
-            first = position
+    changes = (selections[1:] != selections[:-1]).any(dim=-1).nonzero()[:, 0] + 1
+    firsts = [0, *changes.tolist()] if filled else []
+    starts = [q_bounds[filled[first]] for first in firsts]
+    return list(zip(starts, [*starts[1:], q_bounds[-1]], strict=False)), selections[firsts]
 
 
-def _attend_head(
-    query: Tensor, keys: HeadKeys, q_offsets: Tensor, block_map: Tensor, scale: float, out: Tensor, lse: Tensor
+def _in_bounded_memory(groups: Iterable[QueryGroup]) -> Iterator[list[QueryGroup]]:
+    """The groups in order, as many at a time as their lists may take memory."""
+    waiting: list[QueryGroup] = []
+    listed = 0
+    for group in groups:
+        waiting.append(group)
+        listed += group.num_keys
+        if listed >= MAX_LISTED_KEYS:
+            yield waiting
+            waiting, listed = [], 0
+    if waiting:
+        yield waiting
+
+
+def shared_calls(groups: Iterable[QueryGroup], max_keys: int) -> Iterator[list[QueryGroup]]:
+    """Groups that are attended to in one call: about as many rows, about as many keys, at most ``max_keys`` in all."""
+
+    def row_class(group: QueryGroup) -> int:
+        return int(math.log(group.num_rows + GATHER_ROWS, MAX_PADDING))
+
+    call: list[QueryGroup] = []
+    for group in sorted(groups, key=lambda g: (row_class(g), g.num_keys)):
+        fits = bool(call) and (
+            row_class(group) == row_class(call[0])
+            and group.num_keys <= MAX_PADDING * call[0].num_keys
+            and group.num_keys * (len(call) + 1) <= max_keys
+        )
+        if call and not fits:
+            yield call
+            call = []
+        call.append(group)
+    if call:
+        yield call
+
+
+def _attend(
+    rows: Tensor,
+    keys: KeyTable,
+    groups: Sequence[QueryGroup],
+    scale: float,
+    limits: Mapping[str, int],
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    """Write out [Nq, Dv] and lse [Nq] of one head; rows without any key are left as they are."""
-    query = _as_float_rows(query)
-    groups = list(_row_groups(q_offsets.tolist(), block_map))
-    # Lists of keys for many groups at once: one call each instead of one per group, in bounded memory.
-    at_once = max(1, MAX_MASK_ELEMENTS // max(1, keys.num_rows))
-    for first in range(0, len(groups), at_once):
-        chosen = groups[first : first + at_once]
-        lists = keys.lists(torch.stack([group.selected for group in chosen]))
-        for group, index in zip(chosen, lists, strict=True):
-            if index.shape[0]:
-                out[group.rows], lse[group.rows] = keys.attend(query[group.rows], index, scale)
+    """One call: reads the groups' rows of the queries [M, D] and writes those of out [M + 1, Dv] and lse [M + 1]."""
+    num_rows, num_keys = max(g.num_rows for g in groups), max(g.num_keys for g in groups)
+    parts = key_parts(len(groups), num_rows, num_keys, torch.get_num_threads(), limits)
+    fewest_keys = min(g.num_keys for g in groups)
+    while parts > 1 and (parts - 1) * math.ceil(num_keys / parts) >= fewest_keys:
+        parts -= 1  # a part of padding alone would have no largest score
+    first = torch.tensor([[group.first_row] for group in groups])
+    last = torch.tensor([[group.first_row + group.num_rows - 1] for group in groups])
+    index = first + torch.arange(num_rows)
+    query = rows.index_select(0, torch.minimum(index, last).flatten()).to(torch.float32).unflatten(0, index.shape)
+    outs, sums = attend_to_keys(query, *_gathered(keys, [group.key_rows for group in groups], parts), scale, parts)
+    index = index.masked_fill_(index > last, rows.shape[0]).flatten()
+    out.index_copy_(0, index, outs.flatten(0, 1).to(out.dtype))
+    lse.index_copy_(0, index, sums.flatten())
 
 
-class HeadKeys:
-    """Keys and values of one head in one table: its tokens, the means of its clusters if skipped clusters take part
-    through them, and a row of weight 0 that pads lists to equal parts."""
-
-    def __init__(self, key: Tensor, value: Tensor, offsets: Tensor, means: tuple[Tensor, Tensor] | None) -> None:
-        """key [n, D], value [n, Dv], offsets [C + 3]; means: the clusters' (keys [C, D], values [C, Dv]), or None."""
-        sizes = offsets.diff().to(torch.int64)
-        self.num_tokens = key.shape[0]
-        self.num_means = 0 if means is None else means[0].shape[0]
-        self.block_of_key = torch.repeat_interleave(torch.arange(sizes.shape[0]), sizes)
-        self.filled = sizes[: self.num_means] > 0
-        self.limits = tuned("cpu_attention", key.device, key.dtype, key.shape[1], key.shape[0])
-        mean_keys, mean_values = (None, None) if means is None else means
-        self.key, self.value = _table(key, mean_keys), _table(value, mean_values)
-        self.bias = self.key.new_zeros(self.num_rows)
-        self.bias[self.num_tokens : -1] = sizes[: self.num_means].to(torch.float32).log()
-        self.bias[-1] = -math.inf
-        # Gathered rows: one workspace for all query blocks, no page faults in each of them.
-        capacity = self.num_rows + torch.get_num_threads()
-        self.gathered_key = self.key.new_empty(capacity, key.shape[1])
-        self.gathered_value = self.value.new_empty(capacity, value.shape[1])
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the table."""
-        return self.num_tokens + self.num_means + 1
-
-    def lists(self, selected: Tensor) -> tuple[Tensor, ...]:
-        """The rows of the table that each selection attends to: bool [R, C + 2] -> R lists of int64, ascending."""
-        included = selected.index_select(1, self.block_of_key)
-        if self.num_means:
-            # Compensation stands in for clusters that are not selected and not empty.
-            included = torch.cat([included, ~selected[:, : self.num_means] & self.filled], dim=1)
-        return included.nonzero()[:, 1].split(included.sum(dim=1).tolist())
-
-    def attend(self, query: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """float32 query [m, D] over the rows ``index`` of the table, at least one -> (out [m, Dv], lse [m])."""
-        parts = key_parts(query.shape[0], index.shape[0], torch.get_num_threads(), self.limits)
-        first, last = int(index[0]), int(index[-1])
-        one_run = last - first + 1 == index.shape[0] and last < self.num_tokens  # as at top_p = 1
-        padding = -index.shape[0] % parts
-        if one_run and not padding:
-            run = slice(first, last + 1)
-            return attend_to_keys(query, self.key[run], self.value[run], None, scale, parts)
-        if padding:
-            index = torch.cat([index, index.new_full((padding,), self.num_rows - 1)])
-        keys, values = self.gathered_key[: index.shape[0]], self.gathered_value[: index.shape[0]]
-        torch.index_select(self.key, 0, index, out=keys)
-        torch.index_select(self.value, 0, index, out=values)
-        bias = self.bias.index_select(0, index) if padding or last >= self.num_tokens else None
-        return attend_to_keys(query, keys, values, bias, scale, parts)
+def _gathered(keys: KeyTable, lists: Sequence[Tensor], parts: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys [G, n, D], values [G, n, Dv] and bias [G, n] (None: zeros) of lists, padded to one multiple of ``parts``."""
+    if len(lists) == 1 and lists[0].shape[0] % parts == 0:
+        run = keys.run_of_tokens(lists[0])
+        if run is not None:
+            return keys.key[run].unsqueeze(0), keys.value[run].unsqueeze(0), None
+    index = torch.nn.utils.rnn.pad_sequence(list(lists), batch_first=True, padding_value=keys.padding_row)
+    index = pad(index, (0, -index.shape[1] % parts), value=keys.padding_row)
+    flat = index.flatten()
+    gathered = (table.index_select(0, flat).unflatten(0, index.shape) for table in (keys.key, keys.value, keys.bias))
+    key, value, bias = gathered
+    return key, value, bias
 
 
-def _table(tokens: Tensor, means: Tensor | None) -> Tensor:
-    """float32 rows: tokens [n, D], means [C, D] if any, and one of zeros."""
-    table = tokens.new_zeros(tokens.shape[0] + (0 if means is None else means.shape[0]) + 1, tokens.shape[1]).float()
-    table[: tokens.shape[0]] = tokens
-    if means is not None:
-        table[tokens.shape[0] : -1] = means
-    return table
-
-
-def key_parts(num_rows: int, num_keys: int, num_threads: int, limits: Mapping[str, int]) -> int:
+def key_parts(num_groups: int, num_rows: int, num_keys: int, num_threads: int, limits: Mapping[str, int]) -> int:
     """Into how many equal parts to cut the keys so that every thread has as much to do.
 
     limits: MIN_KEYS_PER_PART, keys below which merging a part costs more than an idle core; MIN_IDLE_PAIRS, (query,
     key) pairs that threads could compute while they idle below which a merge costs more than it saves.
     """
-    # Rows per unit of work in ATen's flash attention, by number of query rows.
+    # Rows per unit of work in ATen's flash attention, by number of query rows. Threads get runs of units.
     rows_per_unit = 256 if num_rows >= 768 else 64 if num_rows >= 192 else 32
-    longest = math.ceil(math.ceil(num_rows / rows_per_unit) / num_threads) * rows_per_unit
-    if (longest * num_threads - num_rows) * num_keys <= limits["MIN_IDLE_PAIRS"]:
+    units_per_group = math.ceil(num_rows / rows_per_unit)
+    whole_groups, units = divmod(math.ceil(num_groups * units_per_group / num_threads), units_per_group)
+    longest = whole_groups * num_rows + min(units * rows_per_unit, num_rows)
+    if (longest * num_threads - num_groups * num_rows) * num_keys <= limits["MIN_IDLE_PAIRS"]:
         return 1
     return max(1, min(num_threads, num_keys // limits["MIN_KEYS_PER_PART"]))
 
@@ -207,34 +231,34 @@ def key_parts(num_rows: int, num_keys: int, num_threads: int, limits: Mapping[st
 def attend_to_keys(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, parts: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention of query [m, D] over n keys, in ``parts`` equal runs: out [m, Dv], lse [m]; all float32.
+    """Attention of query [G, m, D] over n keys each, in ``parts`` equal runs: out [G, m, Dv], lse [G, m]; all float32.
 
-    ``bias`` [n] is added to the scaled scores of each key. n must be a multiple of ``parts``.
+    ``bias`` [G, n] is added to the scaled scores of each key. n must be a multiple of ``parts``.
     """
-    if key.shape[0] < MIN_FUSED_KEYS:
-        scores = torch.mm(query, key.t()).mul_(scale)
-        scores = scores if bias is None else scores.add_(bias)
-        return torch.softmax(scores, dim=1) @ value, torch.logsumexp(scores, dim=1)
-    head_dim, value_dim = query.shape[1], value.shape[1]
+    if key.shape[1] < MIN_FUSED_KEYS:
+        scores = torch.bmm(query, key.transpose(1, 2)).mul_(scale)
+        scores = scores if bias is None else scores.add_(bias.unsqueeze(1))
+        return torch.softmax(scores, dim=2) @ value, torch.logsumexp(scores, dim=2)
+    head_dim, value_dim = query.shape[2], value.shape[2]
     width = max(head_dim, value_dim)  # the kernel wants equal widths: zeros change neither scores nor sums
     if head_dim < width:
-        query, key = (torch.nn.functional.pad(t, (0, width - head_dim)) for t in (query, key))
+        query, key = (pad(tokens, (0, width - head_dim)) for tokens in (query, key))
     if value_dim < width:
-        value = torch.nn.functional.pad(value, (0, width - value_dim))
-    num_rows, keys_per_part = query.shape[0], key.shape[0] // parts
+        value = pad(value, (0, width - value_dim))
+    num_rows = query.shape[1]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.expand(parts, 1, num_rows, width),
-        key.view(parts, 1, keys_per_part, width),
-        value.view(parts, 1, keys_per_part, width),
-        attn_mask=None if bias is None else bias.view(parts, 1, 1, -1).expand(-1, -1, num_rows, -1),
+        query.unsqueeze(1).expand(-1, parts, -1, -1),
+        key.unflatten(1, (parts, -1)),
+        value.unflatten(1, (parts, -1)),
+        attn_mask=None if bias is None else bias.unflatten(1, (parts, 1, -1)).expand(-1, -1, num_rows, -1),
         scale=scale,
     )
-    out, lse = out[:, 0, :, :value_dim], lse[:, 0]
-    return (out[0], lse[0]) if parts == 1 else merge_partial_softmax(out, lse)
+    out = out[..., :value_dim]
+    return (out[:, 0], lse[:, 0]) if parts == 1 else merge_partial_softmax(out.transpose(0, 1), lse.transpose(0, 1))
 
 
 def merge_partial_softmax(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint key sets from the out [p, m, Dv] and lse [p, m] of each."""
+    """Attention over the union of disjoint key sets from the out [p, ..., m, Dv] and lse [p, ..., m] of each."""
     largest = lse.amax(dim=0)
     weights = (lse - largest).exp_()
     total = weights.sum(dim=0)

@@ -12,29 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg2_compile.kernels import cpu, reference
-from svg2_compile.kernels.cpu_attention import key_parts, merge_partial_softmax
+from svg2_compile.kernels.cpu_attention import QueryGroup, key_parts, merge_partial_softmax, shared_calls
 from svg2_compile.kernels.tuning import override
-from tests.kernels.helpers import Problem, assert_within_budget, make_problem
+from tests.kernels.helpers import EDGE_SHAPES, Problem, assert_within_budget, make_problem
 
 F64 = torch.float64
 LIMITS = {"MIN_KEYS_PER_PART": 128, "MIN_IDLE_PAIRS": 1 << 16}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES: dict[str, dict[str, Any]] = {
+    **EDGE_SHAPES,
     "plain": {},
-    "one token": {"num_queries": 1, "num_keys": 1, "num_q_clusters": 1, "num_k_clusters": 1, "keep": 1.0},
-    "grouped heads, batch 2": {"batch": 2, "q_heads": 6, "kv_heads": 2},
     "odd head_dim": {"head_dim": 19},
     "value wider": {"head_dim": 8, "value_dim": 24},
     "value narrower": {"head_dim": 24, "value_dim": 7},
-    "one cluster": {"num_q_clusters": 1, "num_k_clusters": 1},
     "keys cut into parts": {"num_queries": 70, "num_keys": 1501, "num_q_clusters": 3, "num_k_clusters": 12},
-    "few keys kept": {"keep": 0.03},
-    "nothing kept": {"keep": 0.0},
-    "all kept": {"keep": 1.1},
-    "no queries": {"num_queries": 0},
-    "no keys": {"num_keys": 0},
-    "no batch": {"batch": 0},
-    "no heads": {"q_heads": 0, "kv_heads": 0},
 }
 
 
@@ -53,9 +44,8 @@ def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def check_attention(problem: Problem, compensation: bool) -> None:
     expected = exact_and_eager(problem, compensation)
     check_against(problem, compensation, *expected)
-    with override(
-        "cpu_attention", {**LIMITS, "MIN_IDLE_PAIRS": -1}
-    ):  # keys cut into parts wherever it is possible at all
+    # Keys cut into parts wherever it is possible at all.
+    with override("cpu_attention", {"MIN_KEYS_PER_PART": 16, "MIN_IDLE_PAIRS": -1}):
         check_against(problem, compensation, *expected)
 
 
@@ -113,7 +103,7 @@ def test_attention_takes_any_strides() -> None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 9])
 def test_attention_does_not_depend_on_the_number_of_threads(threads: int) -> None:
     problem = make_problem(num_queries=90, num_keys=1700, num_q_clusters=3)
     before = torch.get_num_threads()
@@ -126,10 +116,31 @@ def test_attention_does_not_depend_on_the_number_of_threads(threads: int) -> Non
 
 
 def test_key_parts_never_waste_a_thread_nor_cut_too_small() -> None:
-    assert key_parts(num_rows=100, num_keys=4000, num_threads=2, limits=LIMITS) == 2
-    assert key_parts(num_rows=256, num_keys=4000, num_threads=2, limits=LIMITS) == 1  # 4 x 64 rows
-    assert key_parts(num_rows=100, num_keys=200, num_threads=2, limits=LIMITS) == 1
-    assert key_parts(num_rows=100, num_keys=4000, num_threads=1, limits=LIMITS) <= 1
+    assert key_parts(num_groups=1, num_rows=100, num_keys=4000, num_threads=2, limits=LIMITS) == 2
+    assert key_parts(num_groups=1, num_rows=256, num_keys=4000, num_threads=2, limits=LIMITS) == 1  # 4 x 64 rows
+    assert key_parts(num_groups=1, num_rows=100, num_keys=200, num_threads=2, limits=LIMITS) == 1
+    assert key_parts(num_groups=1, num_rows=100, num_keys=4000, num_threads=1, limits=LIMITS) <= 1
+
+
+def test_key_parts_share_out_the_rows_of_all_groups() -> None:
+    shared = {"num_rows": 100, "num_keys": 4000, "num_threads": 2, "limits": LIMITS}
+    assert key_parts(num_groups=2, **shared) == 1  # type: ignore[arg-type]
+    assert key_parts(num_groups=8, **shared) == 1  # type: ignore[arg-type]
+    assert key_parts(num_groups=3, **shared) == 2  # type: ignore[arg-type]  # 192 and 108 rows
+
+
+def test_calls_are_shared_by_groups_of_like_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(200, 500, (200, 2), generator=generator).tolist()
+    groups = [QueryGroup(i, rows, torch.arange(keys)) for i, (rows, keys) in enumerate(sizes)]
+    calls = list(shared_calls(groups, max_keys=2000))
+    assert sorted(group.first_row for call in calls for group in call) == list(range(200))
+    assert len(calls) < 90
+    for call in calls:
+        keys, rows = ([getattr(group, name) for group in call] for name in ("num_keys", "num_rows"))
+        assert max(keys) <= 1.125 * min(keys)
+        assert max(rows) + 32 <= 1.126 * (min(rows) + 32)
+        assert len(call) * max(keys) <= 2000
 
 
 def test_merge_of_partial_softmaxes() -> None:
