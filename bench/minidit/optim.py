@@ -48,9 +48,12 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 
 
 class WeightAverage:
-    """An exponential moving average of a model's weights, float32, short-memoried at the beginning."""
+    """An exponential moving average of a model's weights, float32, short-memoried at the beginning.
 
-    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+    Its memory, a few hundred steps, is shorter than the decay of the learning rate, which averages better.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.997) -> None:
         self.decay = decay
         self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.state_dict().items()}
 
