@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.common import Timing, write_results
-from bench.minidit.sample import PROMPTS, parse_size
+from bench.minidit.sample import PROMPTS, video_size
 from svg2_compile.api import enable
 from svg2_compile.compare.density import sparse_steps
 from svg2_compile.compare.paired import compare_subject
@@ -95,7 +95,7 @@ def _steps(seconds: list[float]) -> dict[str, float | int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small video, few steps; writes nothing")
-    parser.add_argument("--sizes", type=parse_size, nargs="+", default=SIZES, metavar="FRAMESxHEIGHTxWIDTH")
+    parser.add_argument("--sizes", type=video_size, nargs="+", default=SIZES, metavar="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--density", type=float, help="a fixed budget instead of the default selection")
     arguments = parser.parse_args()

@@ -84,7 +84,7 @@ def compare(
     from svg2_compile.compare import command
     from svg2_compile.compare.capture import MapRequest
 
-    chosen = _pairs("--set", options) | ({"preset": preset} if preset else {})
+    chosen = _chosen(preset, options)
     asked = any(given is not None for given in (map_layer, map_step, map_head))
     request = MapRequest(map_layer, map_step, map_head) if maps or asked else None
     page = output or (None if as_json else command.DEFAULT_PAGE)
@@ -167,7 +167,7 @@ def transform(
     from svg2_compile.export.commands import transform_command
 
     try:
-        chosen = _pairs("--set", options) | ({"preset": preset} if preset else {})
+        chosen = _chosen(preset, options)
         facts = transform_command(model, output, chosen)
     except (TypeError, ValueError) as error:
         _fail(error)
@@ -255,6 +255,11 @@ def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint=option)
         pairs[name.strip()] = value.strip()
     return pairs
+
+
+def _chosen(preset: str | None, options: list[str] | None) -> dict[str, str]:
+    """svg2's options as the command line gives them."""
+    return _pairs("--set", options) | ({"preset": preset} if preset else {})
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -25,7 +25,8 @@ __all__ = ["ConfigError", "Svg2Config", "package_version"]
 class Svg2Config:
     """The settings of one compiled model. Frozen and hashable; equal settings are equal values.
 
-    Defaults are those of the SVG2 scripts where these are published (Sparse VideoGen2, arXiv 2505.18875).
+    Defaults are those of the SVG2 scripts where these are published (Sparse VideoGen2, arXiv 2505.18875), except
+    compensation, routing, the cluster counts and init_iters, which follow measurements (docs/quality.md).
 
     Attributes:
         preset: the preset these settings started from ("name:variant"); only :meth:`from_options` applies one.
@@ -62,7 +63,7 @@ class Svg2Config:
     min_k_ratio: float = 0.1
     num_q_clusters: int | None = None
     num_k_clusters: int | None = None
-    init_iters: int = 50
+    init_iters: int = 10
     step_iters: int = 2
     dense_steps: int | float = 0.2
     dense_layers: int | float = 0.03
@@ -126,9 +127,6 @@ class Svg2Config:
         if preset is None:
             return cls(**values)
         chosen = load_preset(preset)
-        if "compensation" in values:
-            # The preset's routing belongs to the preset's compensation.
-            values.setdefault("routing", "auto")
         return cls(**{**chosen.settings, **values, "preset": chosen.name})
 
     def replace(self, **changes: Any) -> Svg2Config:
@@ -139,7 +137,7 @@ class Svg2Config:
         """
         values = {name: value for name, (_, value) in canonical_names(changes).items()}
         if "compensation" in values:
-            values.setdefault("routing", "auto")
+            values.setdefault("routing", "auto")  # the old routing belongs to the old compensation
         return dataclasses.replace(self, **values)
 
     def site_policy(self) -> SitePolicy:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from svg2_compile.compare.comparison import Comparison, decibel
-from svg2_compile.compare.density import sparse_steps
 from svg2_compile.compare.paired import compare_subject
 from svg2_compile.compare.subjects import shipped_subject
 
@@ -68,17 +66,12 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
             dense_steps=options.dense_steps,
             top_p=options.top_p,
             inner_backend=options.inner_backend,
-            **SHORT_LOOP,
         )
     result = _written(options, comparison)
     console.print(comparison.report.table())
     console.print(_steps_table(comparison))
     _print_result(result, console)
     return result
-
-
-SHORT_LOOP: dict[str, Any] = {"init_iters": 10}
-"""A loop this short would not pay back the 50 iterations of a long one's start."""
 
 
 def _written(options: DemoOptions, comparison: Comparison) -> DemoResult:
@@ -98,10 +91,10 @@ def _steps_table(comparison: Comparison) -> Table:
     table = Table(title="density and time per step")
     for header in ("step", "density", "", "dense", "sparse"):
         table.add_column(header, justify="left" if header == "" else "right")
-    sparse, report = set(sparse_steps(comparison.density)), comparison.report.density_per_step()
+    report = comparison.report.density_per_step()
     times = zip(comparison.dense.step_seconds, comparison.sparse.step_seconds, strict=True)
     for step, (dense_s, sparse_s) in enumerate(times):
-        density = report.get(step, 1.0) if step in sparse else 1.0
+        density = report.get(step, 1.0)
         table.add_row(str(step), f"{density:.1%}", "#" * round(24 * density), f"{dense_s:.2f} s", f"{sparse_s:.2f} s")
     return table
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from svg2_compile.compare.command import parse_size
 from svg2_compile.minidit.model import VideoSize, load_model, sample_videos
 from svg2_compile.minidit.pictures import contact_sheet, write_gif
 
@@ -24,10 +25,9 @@ PROMPTS = (
 )
 
 
-def parse_size(text: str) -> VideoSize:
+def video_size(text: str) -> VideoSize:
     """Read ``frames x height x width``, as in 16x64x64."""
-    frames, height, width = (int(part) for part in text.split("x"))
-    return VideoSize(frames, height, width)
+    return VideoSize(*parse_size(text))
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up")
-    parser.add_argument("--size", type=parse_size, default=VideoSize(16, 64, 64), metavar="FRAMESxHEIGHTxWIDTH")
+    parser.add_argument("--size", type=video_size, default=VideoSize(16, 64, 64), metavar="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

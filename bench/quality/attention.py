@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from bench.common import write_results
-from bench.minidit.sample import PROMPTS, parse_size
+from bench.minidit.sample import PROMPTS, video_size
 from bench.quality.capture import Attention, watch_attention
 from bench.quality.clusters import Clustering, cluster, cluster_by_position
 from bench.quality.counts import CountStudy
@@ -197,7 +197,7 @@ def rounded(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality.attention")
     parser.add_argument("--quick", action="store_true", help="one prompt and step, a small video; writes nothing")
-    parser.add_argument("--size", type=parse_size, default=VideoSize(16, 64, 64), metavar="FRAMESxHEIGHTxWIDTH")
+    parser.add_argument("--size", type=video_size, default=VideoSize(16, 64, 64), metavar="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--prompts", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--sampling-steps", type=int, default=20, help="denoising steps of a video (default 20)")
     parser.add_argument("--steps", type=int, nargs="+", help="denoising steps at which to measure (default 5 9 14 18)")

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import torch
-
 from bench.quality.capture import Attention
 from bench.quality.clusters import Budget, SparseAttention, cluster
-from bench.quality.exact import block_mass, recall
+from bench.quality.exact import block_mass, recall, sampled_rows
 from bench.quality.measure import VARIANTS, average, error_curves, interpolate
+from svg2_compile.config import Svg2Config
 
 __all__ = ["FACTORS", "CountStudy"]
 
@@ -30,14 +29,14 @@ SAMPLED_QUERIES = 512
 class CountStudy:
     """Measures attentions over several numbers of clusters, each made by a cold start with ``iters`` iterations."""
 
-    def __init__(self, counts: tuple[int, int], iters: int = 50) -> None:
+    def __init__(self, counts: tuple[int, int], iters: int = Svg2Config().init_iters) -> None:
         self.counts, self.iters = counts, iters
         self._measured: dict[tuple[int, int], list[dict[str, float]]] = defaultdict(list)
 
     def add(self, attention: Attention) -> None:
         """Measure one attention."""
         num_tokens = attention.query.shape[2]
-        rows = torch.arange(0, num_tokens, max(1, num_tokens // SAMPLED_QUERIES))
+        rows = sampled_rows(attention, SAMPLED_QUERIES)
         for factors in FACTORS:
             counts = (round(self.counts[0] * factors[0]), round(self.counts[1] * factors[1]))
             clustering = cluster(attention, counts, self.iters)

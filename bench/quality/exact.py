@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.quality.capture import Attention
 from bench.quality.clusters import Clustering
 
-__all__ = ["best_blocks", "block_mass", "exact_rows", "recall", "token_recall"]
+__all__ = ["best_blocks", "block_mass", "exact_rows", "recall", "sampled_rows", "token_recall"]
 
 _CHUNK = 512
 
@@ -25,6 +25,12 @@ def _probabilities(attention: Attention, head: int, rows: Tensor | None = None) 
     rows = torch.arange(query.shape[0]) if rows is None else rows
     for chunk in rows.split(_CHUNK):
         yield chunk, torch.softmax((query[chunk] * attention.scale) @ key.T, dim=-1)
+
+
+def sampled_rows(attention: Attention, samples: int) -> Tensor:
+    """About ``samples`` evenly spaced tokens of an attention, int64."""
+    num_tokens = attention.query.shape[2]
+    return torch.arange(0, num_tokens, max(1, num_tokens // samples))
 
 
 def block_mass(attention: Attention, clusterings: Sequence[Clustering], rows: Tensor | None = None) -> list[Tensor]:
@@ -77,7 +83,7 @@ def token_recall(attention: Attention, densities: Sequence[float], samples: int 
     and tells how concentrated the attention is.
     """
     heads, num_tokens = attention.query.shape[1:3]
-    rows = torch.arange(0, num_tokens, max(1, num_tokens // samples))
+    rows = sampled_rows(attention, samples)
     last = torch.tensor([math.ceil(density * num_tokens) - 1 for density in densities])
     total = torch.zeros(len(densities), dtype=torch.float64)
     for head in range(heads):

@@ -6,20 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bench.common import require_close
 from bench.quality.capture import Attention
 from bench.quality.clusters import Budget, Clustering, Side, SparseAttention
-from bench.quality.exact import best_blocks, block_mass, exact_rows, recall, token_recall
+from bench.quality.exact import best_blocks, block_mass, exact_rows, recall, sampled_rows, token_recall
+from svg2_compile.config import Svg2Config
 
 __all__ = ["VARIANTS", "average", "cluster_statistics", "error_curves", "interpolate", "recall_curves", "require_exact"]
 
 VARIANTS = ("", "+comp", "+comp+ear")
 """What becomes of skipped blocks: nothing; their centroids take part; and blocks are chosen by the error of that."""
 TOP_P = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-DEFAULT_MIN_K_RATIO = 0.1
 TOLERANCE = 2e-5  # of the largest value, float32: what bench.cpu_attention allows
 
 Curve = dict[str, list[float]]
@@ -35,7 +34,7 @@ def recall_curves(
         sparse = SparseAttention(attention, clustering)
         maps = {
             "density": [sparse.select(Budget(density)) for density in densities],
-            "top_p": [sparse.select(Budget(None, top_p, DEFAULT_MIN_K_RATIO)) for top_p in TOP_P],
+            "top_p": [sparse.select(Budget(None, top_p, Svg2Config().min_k_ratio)) for top_p in TOP_P],
             "oracle": [best_blocks(mass, clustering, density) for density in densities],
         }
         curves[name] = {
@@ -105,7 +104,7 @@ def variance_within(x: Tensor, side: Side) -> float:
 def require_exact(attention: Attention, clusterings: Mapping[str, Clustering]) -> float:
     """The gate: dense attention against float64 on sampled queries, and every variant with all blocks selected
     against dense. Returns the largest relative error; raises AssertionError above the tolerance."""
-    rows = torch.arange(0, attention.query.shape[2], max(1, attention.query.shape[2] // 64))
+    rows = sampled_rows(attention, 64)
     errors = [require_close("dense", attention.dense[:, :, rows], exact_rows(attention, rows), TOLERANCE)]
     for name, clustering in clusterings.items():
         sparse = SparseAttention(attention, clustering)

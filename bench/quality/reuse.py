@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import torch
-
 from bench.quality.capture import Attention
 from bench.quality.clusters import Budget, Clustering, SparseAttention, cluster, keep_labels
-from bench.quality.exact import block_mass, recall
+from bench.quality.exact import block_mass, recall, sampled_rows
 from bench.quality.measure import average, variance_within
+from svg2_compile.config import Svg2Config
 
 __all__ = ["CARRIED_ITERS", "COLD_ITERS", "ReuseStudy"]
 
 CARRIED_ITERS = (0, 1, 2, 5)
 """k-means iterations per step that continue from the step before; 0 keeps every token's label."""
 COLD_ITERS = (1, 2, 10, 50)
-FIRST_ITERS = 50
+FIRST_ITERS = Svg2Config().init_iters
 FIXED_DENSITY = 0.25
 TOP_P = 0.9
 SAMPLED_QUERIES = 512
 
 
 class ReuseStudy:
-    """Follows every layer over consecutive steps, from a cold start with 50 iterations on.
+    """Follows every layer over consecutive steps, from a cold start with the default iterations on.
 
     Give it the attentions of one video in order; it keeps clusters, never tokens.
     """
@@ -44,8 +43,7 @@ class ReuseStudy:
         now = {iters: self._carry(attention, iters, before, clusterings) for iters in CARRIED_ITERS}
         self._carried[attention.layer] = now
         clusterings |= {("carried", iters): clustering for iters, clustering in now.items()}
-        num_tokens = attention.query.shape[2]
-        rows = torch.arange(0, num_tokens, max(1, num_tokens // SAMPLED_QUERIES))
+        rows = sampled_rows(attention, SAMPLED_QUERIES)
         masses = block_mass(attention, list(clusterings.values()), rows)
         age = attention.step - self._first_step
         for ((start, iters), clustering), mass in zip(clusterings.items(), masses, strict=True):

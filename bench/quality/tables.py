@@ -36,11 +36,15 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def attention_tables(document: Mapping[str, Any]) -> str:
     """A table for everything in the summary: a column per layer and one for their mean."""
     summary = document["summary"]
     header = ["", *(f"layer {row['layer']}" if row["layer"] != "all" else "mean" for row in summary)]
-    size = f"{len(document['prompts'])} prompts, {document['size']} pixels, {document['tokens']:,} tokens"
+    size = f"{counted(len(document['prompts']), 'prompt')}, {document['size']} pixels, {document['tokens']:,} tokens"
     clusters = f"{document['num_q_clusters']} query and {document['num_k_clusters']} key clusters"
     parts = [f"{size}, {clusters}, {document['sampling_steps']} steps, commit {document['environment']['commit']}."]
     for what in (key for key in summary[0] if key != "layer"):
@@ -87,7 +91,9 @@ def video_table(document: Mapping[str, Any]) -> str:
     ]
     header = ["method", "selection", "PSNR, dB", "SSIM", "multi-scale SSIM", "speed-up of the loop"]
     size = f"{document['frames']}x{document['height']}x{document['width']} pixels, {document['tokens']:,} tokens"
-    about = f"{len(document['jobs'])} videos of {size}, {document['steps']} steps; mean ± deviation over videos."
+    about = (
+        f"{counted(len(document['jobs']), 'video')} of {size}, {document['steps']} steps; mean ± deviation over videos."
+    )
     return about + "\n\n" + markdown(header, rows)
 
 

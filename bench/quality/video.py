@@ -6,16 +6,20 @@
 Paired: a sparse video and the dense one that it is compared with start from the same noise, run the same dense kernel
 and the same inner backend ("eager": what is compared is the attention, not the compiler around it), in float32. The
 first steps and layers are dense as published (20 % and 3 %). "density" is that of the sparse attentions;
-"density_overall" counts the dense steps and layers as well.
+"density_overall" counts the dense steps and layers as well. With ``--processes 2`` two points are measured at once,
+each with half of the threads, as are the dense videos: their times compare with each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import require_close, write_results
-from bench.minidit.sample import PROMPTS, parse_size
+from bench.minidit.sample import PROMPTS, video_size
 from bench.quality.methods import METHODS, Method
 from svg2_compile.api import enable
 from svg2_compile.compare.density import density_table, sparse_steps
@@ -34,6 +38,12 @@ DENSITIES = (0.10, 0.15, 0.25, 0.40)
 TOP_P = (0.8, 0.9)
 BY_MASS = ("svg2", "svg2+comp+ear")
 """Methods that are also measured as users run them: by the mass that the selection reaches, not by a budget."""
+
+
+Job = tuple[str, int]
+"""A prompt and a seed."""
+Point = tuple[Method, dict[str, float]]
+"""A method at a selection: a budget or a mass."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def sample(model: nn.Module, prompt: str, seed: int, setting: Setting, scheduler
 
 
 def sample_sparse(
-    model: nn.Module, jobs: Sequence[tuple[str, int]], setting: Setting, method: Method, selection: dict[str, float]
+    model: nn.Module, jobs: Sequence[Job], setting: Setting, method: Method, selection: dict[str, float]
 ) -> list[Sampled]:
     """The videos of all (prompt, seed) by one method at one selection; compilation is not in their times."""
     # A graph per selection would otherwise add up to Dynamo's limit of recompilations.
@@ -128,41 +138,66 @@ def _spread(name: str, values: list[float], digits: int) -> dict[str, float]:
     return {f"{name}_mean": round(statistics.fmean(values), digits), f"{name}_std": round(deviation, digits)}
 
 
-def gate(model: nn.Module, jobs: Sequence[tuple[str, int]], setting: Setting) -> float:
+def gate(jobs: Sequence[Job], setting: Setting) -> float:
     """With every cluster kept, the sparse video must be the dense one. Returns the largest difference."""
+    model = _model()
     short = Setting(setting.size, 3, setting.guidance, dense_steps=0, dense_layers=0)
     (sparse,) = sample_sparse(model, jobs[:1], short, METHODS[0], {"top_p": 1.0})
     return require_close("all clusters kept", sparse.video, sample(model, *jobs[0], short).video, 1e-3)
 
 
-def points(densities: Sequence[float], top_ps: Sequence[float]) -> list[tuple[Method, dict[str, float]]]:
+@functools.cache
+def _model() -> nn.Module:
+    return load_model()
+
+
+def _dense(setting: Setting, job: Job) -> Sampled:
+    return sample(_model(), *job, setting)
+
+
+def _sparse(setting: Setting, jobs: Sequence[Job], point: Point) -> list[Sampled]:
+    return sample_sparse(_model(), jobs, setting, *point)
+
+
+def measure(
+    setting: Setting, jobs: Sequence[Job], chosen: Sequence[Point], processes: int
+) -> tuple[float, list[dict[str, Any]]]:
+    """The largest error of the gate, and a row per point, printed as it is done."""
+    threads = max(1, torch.get_num_threads() // processes)
+    spawn = multiprocessing.get_context("spawn")
+    rows = []
+    with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        error = pool.submit(gate, jobs, setting).result()
+        dense = list(pool.map(functools.partial(_dense, setting), jobs))
+        for point, sparse in zip(chosen, pool.map(functools.partial(_sparse, setting, jobs), chosen), strict=True):
+            rows.append(row(*point, dense, sparse))
+            print(rows[-1], flush=True)
+    return error, rows
+
+
+def points(densities: Sequence[float], top_ps: Sequence[float]) -> list[Point]:
     """Every point of every curve."""
-    by_budget = [(method, {"density": density}) for method in METHODS for density in densities]
+    by_budget: list[Point] = [(method, {"density": density}) for density in densities for method in METHODS]
     return by_budget + [(method, {"top_p": top_p}) for method in METHODS if method.name in BY_MASS for top_p in top_ps]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one prompt, one density, a small video; writes nothing")
-    parser.add_argument("--size", type=parse_size, default=VideoSize(16, 64, 64), metavar="FRAMESxHEIGHTxWIDTH")
+    parser.add_argument("--size", type=video_size, default=VideoSize(16, 64, 64), metavar="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--videos", type=int, default=4, help="prompts, each with a seed of its own (default 4)")
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES, metavar="DENSITY")
     parser.add_argument("--top-p", type=float, nargs="*", default=TOP_P, metavar="TOP_P")
+    parser.add_argument("--processes", type=int, default=1, help="points that are measured at once (default 1)")
     arguments = parser.parse_args()
     size = VideoSize(8, 32, 32) if arguments.quick else arguments.size
     setting = Setting(size, 6 if arguments.quick else arguments.steps, arguments.guidance)
     count = 1 if arguments.quick else arguments.videos
     jobs = [(PROMPTS[index % len(PROMPTS)], 100 + index) for index in range(count)]
-    model = load_model()
-    error = gate(model, jobs, setting)
-    dense = [sample(model, prompt, seed, setting) for prompt, seed in jobs]
-    rows = []
     chosen = ((0.25,), ()) if arguments.quick else (arguments.densities, arguments.top_p)
-    for method, selection in points(*chosen):
-        rows.append(row(method, selection, dense, sample_sparse(model, jobs, setting, method, selection)))
-        print(rows[-1], flush=True)
+    error, rows = measure(setting, jobs, points(*chosen), arguments.processes)
     if not arguments.quick:
         described = {"frames": size.frames, "height": size.height, "width": size.width, "tokens": size.tokens}
         print(
@@ -172,6 +207,7 @@ def main() -> None:
                 **{**described, "steps": setting.steps, "guidance": setting.guidance},
                 **{"dense_steps": setting.dense_steps, "dense_layers": setting.dense_layers, "gate_error": error},
                 jobs=jobs,
+                processes=arguments.processes,
             )
         )
 

@@ -55,8 +55,9 @@ def package(program: TransformedProgram, path: str | os.PathLike[str]) -> None:
             existing folder.
     """
     check_transformed(program)
-    _check_program(program)
-    device = device_of(flat_module(program.dense))
+    gm = flat_module(program.dense)
+    _check_program(program, gm)
+    device = device_of(gm)
     problem = inductor_problem(device.type)
     if problem is not None:
         raise ExportError(f"program: AOTInductor cannot compile for {device.type} here: {problem}.")
@@ -126,11 +127,11 @@ class PackagedGraph(ExportedGraph):
         return self._lengths[number]
 
 
-def _check_program(program: TransformedProgram) -> None:
+def _check_program(program: TransformedProgram, gm: fx.GraphModule) -> None:
+    """``gm`` is the program's dense graph."""
     for leaf in program.signature.leaves:
         if not leaf.is_constant and not isinstance(leaf.example, torch.Tensor):
             raise ExportError(f"program: {leaf.name} is a number that may change; AOTInductor takes tensors only.")
-    gm = flat_module(program.dense)
     changed = sorted({str(base.target) for node in gm.graph.nodes for base in _written(node) if base.op == "get_attr"})
     if changed:
         raise ExportError(f"program: changes its buffers {changed}, which AOTInductor would do to copies of them.")

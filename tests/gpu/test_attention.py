@@ -14,25 +14,16 @@ from torch import Tensor
 
 from svg2_compile.kernels import ops, reference
 from tests.gpu.support import check_attention, moved, poisoned, sized, token_major
-from tests.kernels.helpers import Problem, make_problem
+from tests.kernels.helpers import EDGE_SHAPES, Problem, make_problem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 NUM_QUERIES, NUM_KEYS = sized(517, 45), sized(1031, 70)
 SHAPES: dict[str, dict[str, Any]] = {
-    "one token": {"num_queries": 1, "num_keys": 1, "num_q_clusters": 1, "num_k_clusters": 1, "keep": 1.0},
-    "grouped heads, batch 2": {"batch": 2, "q_heads": 6, "kv_heads": 2},
+    **EDGE_SHAPES,
     "value wider": {"head_dim": 32, "value_dim": 96},
     "value narrower": {"head_dim": 128, "value_dim": 40},
-    "one cluster": {"num_q_clusters": 1, "num_k_clusters": 1},
     "whole tiles": {"num_queries": sized(512, 64), "num_keys": sized(1024, 128), "keep": 1.1},
     "many clusters": {"num_q_clusters": sized(60, 9), "num_k_clusters": sized(200, 20)},
-    "few keys kept": {"keep": 0.03},
-    "nothing kept": {"keep": 0.0},
-    "all kept": {"keep": 1.1},
-    "no queries": {"num_queries": 0},
-    "no keys": {"num_keys": 0},
-    "no batch": {"batch": 0},
-    "no heads": {"q_heads": 0, "kv_heads": 0},
 }
 # Every width in the dtype that models use; the others where padding and precision change the kernel.
 WIDTHS = [(torch.bfloat16, width) for width in (32, 64, 72, 80, 96, 128, 200, 256)]

@@ -11,17 +11,8 @@ from torch import Tensor
 
 from svg2_compile.kernels import ops, reference
 from tests.gpu.support import moved, poisoned, sized
-from tests.kernels.helpers import make_problem
+from tests.kernels.helpers import SELECTION_LIMITS, make_problem
 
-LIMITS: dict[str, dict[str, Any]] = {
-    "top_p": {"top_p": 0.9, "min_k_ratio": 0.1},
-    "at least half": {"top_p": 0.2, "min_k_ratio": 0.5},
-    "at least one": {"top_p": 0.0, "min_k_ratio": 0.0},
-    "everything": {"top_p": 1.0, "min_k_ratio": 0.0},
-    "density": {"top_p": 0.9, "min_k_ratio": 0.0, "density": 0.3},
-    "density zero": {"top_p": 0.9, "min_k_ratio": 0.0, "density": 0.0},
-    "density one": {"top_p": 0.9, "min_k_ratio": 0.0, "density": 1.0},
-}
 # Two clusters of nearly the same rank may change places at the edge of the budget.
 MISMATCHES = 0.002
 SCALE = 0.125
@@ -45,31 +36,31 @@ def check(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(actual.any(dim=-1), expected.any(dim=-1))
 
 
-@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("limits", SELECTION_LIMITS)
 @pytest.mark.parametrize("num_k", [1, 21, sized(1000, 64), sized(2500, 130)])
 def test_by_mass(limits: str, num_k: int, device: torch.device) -> None:
     args = centroids_and_sizes(num_k, num_q=sized(60, 3))
-    actual = poisoned(device, ops.select_blocks, *moved(args, device), **LIMITS[limits])
-    check(actual, reference.select_blocks(*args, **LIMITS[limits]))
+    actual = poisoned(device, ops.select_blocks, *moved(args, device), **SELECTION_LIMITS[limits])
+    check(actual, reference.select_blocks(*args, **SELECTION_LIMITS[limits]))
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 16.0])
 def test_by_mass_over_scales(spread: float, device: torch.device) -> None:
     args = centroids_and_sizes(sized(500, 40), spread=spread)
-    for limits in (LIMITS["top_p"], LIMITS["density"]):
+    for limits in (SELECTION_LIMITS["top_p"], SELECTION_LIMITS["density"]):
         actual = poisoned(device, ops.select_blocks, *moved(args, device), **limits)
         # In float32, as the op: masses below its range are ties, which the index breaks.
         check(actual, reference.select_blocks(*args, **limits))
 
 
-@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("limits", SELECTION_LIMITS)
 def test_ties_are_broken_by_index(limits: str, device: torch.device) -> None:
     q, k, q_sizes, k_sizes, _ = centroids_and_sizes(21)
     k[:] = k[:, :, :1]  # all clusters alike: only sizes and places differ
     k_sizes[:] = torch.tensor([3, 0, 3, 7, 3, 3, 7] * 3, dtype=torch.int32)
     args = (q, k, q_sizes, k_sizes, SCALE)
-    actual = poisoned(device, ops.select_blocks, *moved(args, device), **LIMITS[limits])
-    assert torch.equal(actual.cpu(), reference.select_blocks(*args, **LIMITS[limits]))
+    actual = poisoned(device, ops.select_blocks, *moved(args, device), **SELECTION_LIMITS[limits])
+    assert torch.equal(actual.cpu(), reference.select_blocks(*args, **SELECTION_LIMITS[limits]))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -108,8 +99,8 @@ def error_arguments(dtype: torch.dtype, head_dim: int, input_scale: float) -> tu
 @pytest.mark.parametrize("limits", ["top_p", "at least half", "everything", "density", "density zero"])
 def test_by_error(limits: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
     args = error_arguments(dtype, head_dim, 1.0)
-    actual = poisoned(device, ops.select_blocks_by_error, *moved(args, device), **LIMITS[limits]).cpu()
-    expected = reference.select_blocks_by_error(*args, **LIMITS[limits], compute_dtype=torch.float64)
+    actual = poisoned(device, ops.select_blocks_by_error, *moved(args, device), **SELECTION_LIMITS[limits]).cpu()
+    expected = reference.select_blocks_by_error(*args, **SELECTION_LIMITS[limits], compute_dtype=torch.float64)
     # The estimate multiplies in the tokens' dtype, so ranks that are close differ more often than those by mass.
     allowed = 0.01 if dtype == torch.float32 else 0.05
     assert float((actual != expected).float().mean()) <= allowed
@@ -119,8 +110,8 @@ def test_by_error(limits: str, dtype: torch.dtype, head_dim: int, device: torch.
 @pytest.mark.parametrize("input_scale", [4.0, 16.0])
 def test_by_error_over_scales_keeps_as_many_keys(input_scale: float, device: torch.device) -> None:
     args = error_arguments(torch.bfloat16, 64, input_scale)
-    actual = poisoned(device, ops.select_blocks_by_error, *moved(args, device), **LIMITS["density"]).cpu()
-    expected = reference.select_blocks_by_error(*args, **LIMITS["density"], compute_dtype=torch.float64)
+    actual = poisoned(device, ops.select_blocks_by_error, *moved(args, device), **SELECTION_LIMITS["density"]).cpu()
+    expected = reference.select_blocks_by_error(*args, **SELECTION_LIMITS["density"], compute_dtype=torch.float64)
     sizes = args[2].diff(dim=-1)[..., :-2].repeat_interleave(2, dim=1).unsqueeze(2)
     kept = [(block_map[..., :-2, :-2] * sizes).sum(dim=-1) for block_map in (actual, expected)]
     assert bool(((kept[0] - kept[1]).abs() <= sizes.amax(dim=-1)).all())

@@ -14,22 +14,13 @@ from svg2_compile.kernels import reference
 from svg2_compile.kernels.reference_select import _log_errors as exact_log_errors
 from svg2_compile.kernels.triton import implementation, select
 from svg2_compile.kernels.triton.error import error_inputs, log_errors
-from tests.kernels.helpers import make_problem
+from tests.kernels.helpers import SELECTION_LIMITS, make_problem
 
 # As callables of anything: argument lists are built piece by piece below.
 implementation_by_mass: Callable[..., Tensor] = implementation.select_blocks
 implementation_by_error: Callable[..., Tensor] = implementation.select_blocks_by_error
 reference_by_mass: Callable[..., Tensor] = reference.select_blocks
 reference_by_error: Callable[..., Tensor] = reference.select_blocks_by_error
-LIMITS: dict[str, dict[str, Any]] = {
-    "top_p": {"top_p": 0.9, "min_k_ratio": 0.0},
-    "at least half": {"top_p": 0.2, "min_k_ratio": 0.5},
-    "at least one": {"top_p": 0.0, "min_k_ratio": 0.0},
-    "everything": {"top_p": 1.0, "min_k_ratio": 0.0},
-    "density": {"top_p": 0.9, "min_k_ratio": 0.0, "density": 0.3},
-    "density zero": {"top_p": 0.9, "min_k_ratio": 0.0, "density": 0.0},
-    "density one": {"top_p": 0.9, "min_k_ratio": 0.0, "density": 1.0},
-}
 
 
 def centroids_and_sizes(num_k: int = 21, *, num_q: int = 3, heads: int = 2, kv_heads: int = 1) -> tuple[Any, ...]:
@@ -41,21 +32,21 @@ def centroids_and_sizes(num_k: int = 21, *, num_q: int = 3, heads: int = 2, kv_h
     return q, k, torch.ones(2, heads, num_q, dtype=torch.int32), k_sizes
 
 
-@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("limits", SELECTION_LIMITS)
 @pytest.mark.parametrize("num_k", [1, 21, 64])
 def test_by_mass(limits: str, num_k: int) -> None:
     args = centroids_and_sizes(num_k=num_k)
-    actual = implementation_by_mass(*args, scale=0.4, **LIMITS[limits])
-    assert torch.equal(actual, reference_by_mass(*args, scale=0.4, **LIMITS[limits]))
+    actual = implementation_by_mass(*args, scale=0.4, **SELECTION_LIMITS[limits])
+    assert torch.equal(actual, reference_by_mass(*args, scale=0.4, **SELECTION_LIMITS[limits]))
 
 
-@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("limits", SELECTION_LIMITS)
 def test_ties_are_broken_by_index(limits: str) -> None:
     q, k, q_sizes, k_sizes = centroids_and_sizes()
     k[:] = k[:, :, :1]  # all clusters alike: only sizes and places differ
     k_sizes[:] = torch.tensor([3, 0, 3, 7, 3, 3, 7] * 3, dtype=torch.int32)
-    actual = implementation_by_mass(q, k, q_sizes, k_sizes, 0.4, **LIMITS[limits])
-    assert torch.equal(actual, reference_by_mass(q, k, q_sizes, k_sizes, 0.4, **LIMITS[limits]))
+    actual = implementation_by_mass(q, k, q_sizes, k_sizes, 0.4, **SELECTION_LIMITS[limits])
+    assert torch.equal(actual, reference_by_mass(q, k, q_sizes, k_sizes, 0.4, **SELECTION_LIMITS[limits]))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -103,13 +94,13 @@ def test_the_streamed_error_is_the_exact_one(dtype: torch.dtype, input_scale: fl
     torch.testing.assert_close(actual[large].double(), exact[large], rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("limits", SELECTION_LIMITS)
 def test_by_error(limits: str) -> None:
     problem, q_centroids, q_sizes = error_problem()
     args: tuple[Any, ...] = (problem.key, problem.value, problem.k_offsets, q_centroids)
     args += (problem.k_centroids, problem.v_centroids, q_sizes)
-    actual = implementation_by_error(*args, scale=problem.scale, **LIMITS[limits])
-    expected = reference_by_error(*args, scale=problem.scale, **LIMITS[limits])
+    actual = implementation_by_error(*args, scale=problem.scale, **SELECTION_LIMITS[limits])
+    expected = reference_by_error(*args, scale=problem.scale, **SELECTION_LIMITS[limits])
     # Two blocks of nearly the same error may change places at the edge of the budget.
     assert float((actual != expected).float().mean()) <= 0.01
 

@@ -13,6 +13,31 @@ from svg2_compile.kernels import ops, reference
 # What one rounding of the result costs, relative to its size, in each dtype.
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
 
+SELECTION_LIMITS: dict[str, dict[str, Any]] = {
+    "top_p": {"top_p": 0.9, "min_k_ratio": 0.0},
+    "top_p, at least a tenth": {"top_p": 0.9, "min_k_ratio": 0.1},
+    "at least half": {"top_p": 0.2, "min_k_ratio": 0.5},
+    "at least one": {"top_p": 0.0, "min_k_ratio": 0.0},
+    "everything": {"top_p": 1.0, "min_k_ratio": 0.0},
+    "density": {"top_p": 0.9, "min_k_ratio": 0.0, "density": 0.3},
+    "density zero": {"top_p": 0.9, "min_k_ratio": 0.0, "density": 0.0},
+    "density one": {"top_p": 0.9, "min_k_ratio": 0.0, "density": 1.0},
+}
+"""Every way to say how much is selected."""
+EDGE_SHAPES: dict[str, dict[str, Any]] = {
+    "one token": {"num_queries": 1, "num_keys": 1, "num_q_clusters": 1, "num_k_clusters": 1, "keep": 1.0},
+    "grouped heads, batch 2": {"batch": 2, "q_heads": 6, "kv_heads": 2},
+    "one cluster": {"num_q_clusters": 1, "num_k_clusters": 1},
+    "few keys kept": {"keep": 0.03},
+    "nothing kept": {"keep": 0.0},
+    "all kept": {"keep": 1.1},
+    "no queries": {"num_queries": 0},
+    "no keys": {"num_keys": 0},
+    "no batch": {"batch": 0},
+    "no heads": {"q_heads": 0, "kv_heads": 0},
+}
+"""Arguments of make_problem at the edges of what attention may be given."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -148,3 +173,16 @@ def attention_pipeline(
     means = (k_centroids, v_centroids) if compensation else (None, None)
     out, _ = ops.block_sparse_attention(query, k, v, q_offsets, k_offsets, block_map, scale, *means, q_order)
     return out, block_map
+
+
+def masked_dense(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
+    """Dense attention; keys that are not ``valid`` [B, 1, N] take no part."""
+    mask = None if valid is None else valid.unsqueeze(2)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def check_identity(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, **options: Any) -> None:
+    """The rewritten attention with every cluster kept equals dense attention. options: of attention_pipeline."""
+    out, _ = attention_pipeline(query, key, value, top_p=1.0, valid=valid, **options)
+    exact = masked_dense(query.double(), key.double(), value.double(), valid)
+    assert_within_budget(out, exact, masked_dense(query, key, value, valid))

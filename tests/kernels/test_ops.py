@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg2_compile.kernels import dispatch, ops
-from tests.kernels.helpers import assert_within_budget, attention_pipeline, make_problem
+from tests.kernels.helpers import attention_pipeline, check_identity, make_problem, masked_dense
 
 SVG2 = torch.ops.svg2
 SCHEMAS = {
@@ -194,11 +194,6 @@ def test_fakes_keep_symbolic_sizes_without_guards() -> None:
 # --------------------------------------------------------------------------------------- the rewritten attention, whole
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-    mask = None if valid is None else valid.unsqueeze(2)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10_000),
@@ -237,20 +232,14 @@ def test_identity_when_every_cluster_is_kept(
     if valid is not None:
         valid[..., 0] = True
     with ops.use_implementation(implementation):
-        out, _ = attention_pipeline(
-            q,
-            k,
-            v,
+        check_identity(
+            *(q, k, v, valid),
             num_q_clusters=clusters[0],
             num_k_clusters=clusters[1],
-            top_p=1.0,
             video=(before, before + video),
-            valid=valid,
             compensation=compensation,
             by_error=by_error,
         )
-    exact = dense(q.double(), k.double(), v.double(), valid)
-    assert_within_budget(out, exact, dense(q, k, v, valid))
 
 
 def test_less_density_means_more_error_and_compensation_less() -> None:
@@ -258,7 +247,7 @@ def test_less_density_means_more_error_and_compensation_less() -> None:
     centers = torch.randn(1, 2, 12, 16, generator=generator)
     topic = torch.randint(0, 12, (400,), generator=generator)
     q, k, v = (1.5 * centers[:, :, topic] + torch.randn(1, 2, 400, 16, generator=generator) / 2 for _ in range(3))
-    exact = dense(q, k, v, None)
+    exact = masked_dense(q, k, v, None)
 
     def error(density: float, compensation: bool, by_error: bool) -> float:
         out, _ = attention_pipeline(
@@ -288,4 +277,4 @@ def test_nan_in_a_query_or_key_shows_as_in_dense_attention() -> None:
         q, k, v = (torch.randn(1, 1, 60, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
         (q if broken_query else k)[0, 0, 11, 3] = float("nan")
         out, _ = attention_pipeline(q, k, v, num_q_clusters=3, num_k_clusters=6, top_p=0.3)
-        assert torch.equal(out.isnan(), dense(q, k, v, None).isnan())
+        assert torch.equal(out.isnan(), masked_dense(q, k, v, None).isnan())
