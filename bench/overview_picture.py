@@ -10,8 +10,9 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 
+from bench.clustered_inputs import clustered_inputs
 from bench.common import IMAGES
-from bench.rewritten_attention import Case, clustered_inputs
+from bench.shape import default_shape
 from svg2_compile.kernels import ops
 
 mpl.use("Agg")
@@ -23,7 +24,7 @@ TOP_P, NUM_Q_CLUSTERS, NUM_K_CLUSTERS, ITERS = 0.9, 8, 24, 10
 
 def draw() -> Path:
     """Compute and save the picture; return its path."""
-    query, key, _ = clustered_inputs(Case(num_tokens=900, head_dim=16, num_heads=1, dtype=torch.float32, density=0.25))
+    query, key, _ = clustered_inputs(default_shape("overview", 1, 900, 16, 2.4, torch.float32))
     num_tokens, scale = query.shape[2], query.shape[3] ** -0.5
     cold, flag = torch.zeros(1, 1, NUM_Q_CLUSTERS, query.shape[3]), torch.tensor(False)
     q_labels, q_centroids, q_sizes = ops.kmeans(query, cold, flag, ITERS)

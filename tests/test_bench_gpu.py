@@ -15,16 +15,16 @@ import torch
 pytest.importorskip("triton")
 
 from bench import common
+from bench.clustered_inputs import clustered_inputs
 from bench.gpu import __main__ as command
 from bench.gpu.context import Context
-from bench.gpu.inputs import clustered_inputs
 from bench.gpu.machine import Machine
 from bench.gpu.peers import NotMeasured, make_flex
-from bench.gpu.rewritten import Rewritten, Settings, make_inputs
 from bench.gpu.shapes import SHAPES, shapes_for
 from bench.gpu.summary import GOALS, summarise
 from bench.gpu.supervisor import Order, supervise
 from bench.gpu.units import RESULTS, UNITS, Unit, run_unit, select_units
+from bench.rewritten import Rewritten, Settings, make_inputs
 
 CPU = torch.device("cpu")
 TINY = shapes_for(rehearsal=True)
@@ -196,7 +196,7 @@ def test_exact_rows_are_those_of_the_reference(settings: Settings) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_variant_launches_at_the_real_shapes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors of an imagined GPU: nothing is read back, and the lists fit into the default workspace."""
-    from bench.gpu import rewritten
+    from bench import rewritten
     from bench.gpu.part_attention import VARIANTS
     from svg2_compile.kernels.triton import implementation
     from svg2_compile.kernels.triton.rehearsal import record_launches

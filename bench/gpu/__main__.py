@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench import common
-from bench.gpu.inputs import clustered_inputs
+from bench.clustered_inputs import clustered_inputs
 from bench.gpu.summary import summarise
 from bench.gpu.supervisor import Order, Outcome, supervise
 from bench.gpu.units import RESULTS, UNITS, select_units

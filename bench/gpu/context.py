@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.clustered_inputs import clustered_inputs
 from bench.common import Timing
 from bench.gpu.dense import Dense, exact_dense_rows, find_best_dense
-from bench.gpu.inputs import clustered_inputs
 from bench.gpu.machine import Machine
-from bench.gpu.rewritten import Inputs, make_inputs
-from bench.gpu.shapes import Shape, shapes_for
+from bench.gpu.shapes import shapes_for
+from bench.rewritten import Inputs, make_inputs
+from bench.shape import Shape
 
 __all__ = ["SAMPLED_ROWS", "Context", "Prepared", "relative_error", "sample_rows", "times"]
 

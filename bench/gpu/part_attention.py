@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.common import Timing
 from bench.gpu.context import Context, Prepared, checked_error, dense_error, sample_rows, times
 from bench.gpu.peers import flashinfer_attention, make_flex
-from bench.gpu.rewritten import Rewritten, Settings
+from bench.rewritten import Rewritten, Settings
 
 __all__ = ["attention", "flashinfer", "flex"]
 

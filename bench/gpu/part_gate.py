@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from bench.clustered_inputs import clustered_inputs
 from bench.gpu.context import Context, checked_error
 from bench.gpu.dense import exact_dense_rows
-from bench.gpu.inputs import clustered_inputs
-from bench.gpu.rewritten import Rewritten, Settings, make_inputs
+from bench.rewritten import Rewritten, Settings, make_inputs
 
 __all__ = ["gate"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.common import Timing
 from bench.gpu.context import Context, Prepared, checked_error, sample_rows, times
-from bench.gpu.rewritten import WARM_ITERS, Rewritten, Settings
+from bench.rewritten import WARM_ITERS, Rewritten, Settings
 
 __all__ = ["stages"]
 

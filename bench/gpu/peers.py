@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.rewritten import Rewritten
+from bench.rewritten import Rewritten
 
 __all__ = ["FlexPeer", "NotMeasured", "flash_kmeans", "flashinfer_attention", "make_flex"]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import IMAGES, RESULTS
+from bench.plot_style import new_figure, save
 
 __all__ = ["plot_device"]
 
@@ -26,20 +27,11 @@ def _measured(path: Path) -> list[dict[str, Any]]:
 
 def plot_device(slug: str, results: Path, out: Path) -> Path:
     """Draw <out>/gpu_<slug>.png from <results>/<slug>-stages.json and <slug>-attention.json."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, right) = new_figure(2)
     _plot_stages(left, _measured(results / f"{slug}-stages.json"))
     _plot_efficiency(right, _measured(results / f"{slug}-attention.json"))
     figure.suptitle(f"Rewritten attention on {slug.upper()}")
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"gpu_{slug}.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, out, f"gpu_{slug}")
 
 
 def _plot_stages(axes: Any, records: list[dict[str, Any]]) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from bench.common import IMAGES, RESULTS
+from bench.plot_style import COLOURS, LINES, MARKERS, METHODS, NAMES, finish, method_handles, new_figure, save
 from bench.quality.measure import average
-from bench.quality.plot_style import COLOURS, LINES, MARKERS, METHODS, NAMES, finish, method_handles, new_figure, save
 from bench.quality.plots_video import plot_psnr_density, plot_psnr_speed
 
 __all__ = ["plot_errors", "plot_recall", "plot_reuse"]

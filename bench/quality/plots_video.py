@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import IMAGES
-from bench.quality.plot_style import COLOURS, LINES, MARKERS, METHODS, finish, method_handles, new_figure, save
+from bench.plot_style import COLOURS, LINES, MARKERS, METHODS, finish, method_handles, new_figure, save
 
 __all__ = ["plot_psnr_density", "plot_psnr_speed"]
 

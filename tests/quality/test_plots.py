@@ -13,10 +13,10 @@ pytest.importorskip("matplotlib")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from bench.plot_style import COLOURS, LINES, METHODS
 from bench.quality import plots, tables
 from bench.quality.attention import summarise
 from bench.quality.measure import VARIANTS
-from bench.quality.plot_style import COLOURS, LINES, METHODS
 from bench.quality.plots_video import plot_psnr_density, plot_psnr_speed
 from bench.quality.position import KINDS
 from bench.quality.reuse import CARRIED_ITERS, COLD_ITERS

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.gpu.shapes import Shape
+from bench.shape import Shape
 
 __all__ = ["clustered_inputs"]
 
+CPU = torch.device("cpu")
 TOKENS_PER_TOPIC = 200
 HEAD_VARIETY = 0.3  # heads differ: standard deviation of ln(spread)
 OWN_TOPIC_LOGIT = 4.0  # what a query's logit gains with keys of its own topic
 
 
-def clustered_inputs(shape: Shape, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def clustered_inputs(shape: Shape, device: torch.device = CPU, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value [1, H, N, D] as a model hands them over: transposed views of contiguous [1, N, H, D].
 
     Every token belongs to one of N / 200 topics at random positions (clusters are not neighbourhoods); topic sizes are

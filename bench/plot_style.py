@@ -1,4 +1,7 @@
-"""How the pictures of quality look: a colour is a kind of clusters, a line style what becomes of skipped blocks."""
+"""How pictures of benchmarks look.
+
+In those of quality a colour is a kind of clusters, a line style what becomes of skipped blocks.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu.shapes import Shape
+from bench.shape import Shape
 from svg2_compile.kernels import ops
 
 __all__ = ["Inputs", "Rewritten", "Settings", "make_inputs"]
