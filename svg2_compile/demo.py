@@ -16,25 +16,42 @@ from svg2_compile.compare.subjects import shipped_subject
 __all__ = ["DemoOptions", "DemoResult", "run_demo"]
 
 
+DEFAULT_DENSITY = 0.2
+"""A small model attends to more of a short video than large ones of long videos: top_p 0.9 would keep half of it."""
+
+
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the demo runs: a prompt in the words of the model, pixels of the video, steps, and svg2's settings."""
+    """What the demo runs: a prompt in the words of the model, pixels of the video, steps, and svg2's settings.
+
+    One of density and top_p, or neither for a density of DEFAULT_DENSITY.
+    """
 
     prompt: str = "cyan stripes square down, orange dots disc up, red checks star right, background fur, camera up"
     seed: int = 0
-    frames: int = 16
-    height: int = 80
-    width: int = 80
+    frames: int = 32
+    height: int = 64
+    width: int = 64
     steps: int = 12
     guidance: float = 3.0
     dense_steps: float = 0.2
-    top_p: float = 0.9
+    density: float | None = None
+    top_p: float | None = None
     inner_backend: str = "inductor"
     out: Path = Path("svg2-demo")
 
     @property
     def size(self) -> tuple[int, int, int]:
         return self.frames, self.height, self.width
+
+    @property
+    def selection(self) -> dict[str, float]:
+        """What is selected, as svg2's options."""
+        if self.density is not None and self.top_p is not None:
+            raise ValueError(f"density={self.density} and top_p={self.top_p}: each says what is selected. Give one.")
+        if self.top_p is not None:
+            return {"top_p": self.top_p}
+        return {"density": DEFAULT_DENSITY if self.density is None else self.density}
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
         ImportError: diffusers, Pillow or scikit-image is missing; the message names the extra to install.
         ValueError: the prompt, the size, the steps or a setting is not valid.
     """
+    selection = options.selection
     subject = shipped_subject(options.prompt, options.seed, options.size, options.steps, options.guidance)
     console.print(
         f'[bold]svg2 demo[/bold]: "{options.prompt}"\n'
@@ -64,8 +82,8 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
         comparison = compare_subject(
             subject,
             dense_steps=options.dense_steps,
-            top_p=options.top_p,
             inner_backend=options.inner_backend,
+            **selection,
         )
     result = _written(options, comparison)
     console.print(comparison.report.table())

@@ -33,6 +33,8 @@ def test_mistakes_are_explained(tmp_path):
         (["--prompt", "a cat"], "cat"),
         (["--height", "30"], "multiples of 4"),
         (["--top-p", "1.5"], "top_p"),
+        (["--density", "0"], "density"),
+        (["--density", "0.5", "--top-p", "0.5"], "Give one"),
     ):
         done = CliRunner().invoke(app, ["demo", *SMALL, "--out", str(tmp_path), *wrong])
         assert done.exit_code == 2, done.output

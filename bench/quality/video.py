@@ -175,10 +175,10 @@ def measure(
     return error, rows
 
 
-def points(densities: Sequence[float], top_ps: Sequence[float]) -> list[Point]:
+def points(methods: Sequence[Method], densities: Sequence[float], top_ps: Sequence[float]) -> list[Point]:
     """Every point of every curve."""
-    by_budget: list[Point] = [(method, {"density": density}) for density in densities for method in METHODS]
-    return by_budget + [(method, {"top_p": top_p}) for method in METHODS if method.name in BY_MASS for top_p in top_ps]
+    by_budget: list[Point] = [(method, {"density": density}) for density in densities for method in methods]
+    return by_budget + [(method, {"top_p": top_p}) for method in methods if method.name in BY_MASS for top_p in top_ps]
 
 
 def main() -> None:
@@ -188,6 +188,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--videos", type=int, default=4, help="prompts, each with a seed of its own (default 4)")
+    names = [method.name for method in METHODS]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD", help=", ".join(names))
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES, metavar="DENSITY")
     parser.add_argument("--top-p", type=float, nargs="*", default=TOP_P, metavar="TOP_P")
     parser.add_argument("--processes", type=int, default=1, help="points that are measured at once (default 1)")
@@ -196,8 +198,9 @@ def main() -> None:
     setting = Setting(size, 6 if arguments.quick else arguments.steps, arguments.guidance)
     count = 1 if arguments.quick else arguments.videos
     jobs = [(PROMPTS[index % len(PROMPTS)], 100 + index) for index in range(count)]
+    methods = [method for method in METHODS if method.name in arguments.methods]
     chosen = ((0.25,), ()) if arguments.quick else (arguments.densities, arguments.top_p)
-    error, rows = measure(setting, jobs, points(*chosen), arguments.processes)
+    error, rows = measure(setting, jobs, points(methods, *chosen), arguments.processes)
     if not arguments.quick:
         described = {"frames": size.frames, "height": size.height, "width": size.width, "tokens": size.tokens}
         print(
