@@ -5,6 +5,7 @@ In those of quality a colour is a kind of clusters, a line style what becomes of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,4 +63,4 @@ def method_handles(methods: Sequence[str] = METHODS) -> list[Any]:
     colours = [Line2D([], [], color=COLOURS[name], marker=MARKERS[name], label=NAMES[name]) for name in methods]
     styles = [Line2D([], [], color="0.3", linestyle=LINES[key], label=text) for key, text in TREATMENTS.items()]
     # Legends are filled column by column.
-    return [handle for pair in zip(colours, styles, strict=True) for handle in pair]
+    return [handle for pair in itertools.zip_longest(colours, styles) for handle in pair if handle is not None]

@@ -21,8 +21,8 @@ from svg2_compile.kernels.cpu_cluster import permute_tokens, unpermute_tokens
 from svg2_compile.kernels.cpu_keys import Head, KeyTable
 from svg2_compile.kernels.tuning import tuned
 
-TABLE_BYTES = 1 << 26  # of the keys and values whose query blocks may share calls; one head at the least
-MAX_LISTED_KEYS = 1 << 22  # in the lists that wait for others to share a call with
+TABLE_BYTES = 1 << 24  # of the keys and values whose query blocks may share calls; one head at the least
+MAX_LISTED_KEYS = 1 << 21  # in the lists that wait for others to share a call with
 GATHERED_BYTES = 1 << 22  # of keys and values gathered for one call: they stay in the cache
 MIN_FUSED_KEYS = 64  # with fewer keys than a vector has lanes (16), the fused kernel turns NaN scores into 0
 MAX_PADDING = (

@@ -26,10 +26,19 @@ __all__ = ["plot_errors", "plot_recall", "plot_reuse"]
 CARRIED_COLOURS = {0: "#E69F00", 1: "#56B4E9", 2: "#0072B2", 5: "#009E73"}
 
 
+def oracle_note(document: Mapping[str, Any]) -> str:
+    """How concentrated the attention is that the curves belong to: the oracle's token recall over the layers."""
+    parts = []
+    for density in ("10%", "25%"):
+        recalls = [row[f"recall at {density}"]["oracle_tokens"] for row in document["summary"] if row["layer"] != "all"]
+        parts.append(f"{min(recalls):.0%} to {max(recalls):.0%} at {density}")
+    return f"best keys of every query hold, by layer, {' and '.join(parts)} of the attention"
+
+
 def _about(document: Mapping[str, Any]) -> str:
     return (
         f"small trained model, {document['tokens']:,} tokens, {document['num_q_clusters']} query and "
-        f"{document['num_k_clusters']} key clusters"
+        f"{document['num_k_clusters']} key clusters; {oracle_note(document)}"
     )
 
 
@@ -183,16 +192,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=IMAGES)
     options = parser.parse_args()
-    drawn = []
-    for name, plots in (
-        ("quality_attention", (plot_recall, plot_errors, plot_reuse)),
-        ("quality_video", (plot_psnr_density, plot_psnr_speed)),
-    ):
-        path = options.results / f"{name}.json"
-        if path.exists():
-            document = json.loads(path.read_text())
-            wanted = document if name == "quality_attention" else document["results"]
-            drawn += [plot(wanted, options.out) for plot in plots]
+    drawn, note = [], ""
+    attention, video = (options.results / f"quality_{name}.json" for name in ("attention", "video"))
+    if attention.exists():
+        document = json.loads(attention.read_text())
+        note = oracle_note(document)
+        drawn += [plot(document, options.out) for plot in (plot_recall, plot_errors, plot_reuse)]
+    if video.exists():
+        rows = json.loads(video.read_text())["results"]
+        drawn += [plot(rows, options.out, note) for plot in (plot_psnr_density, plot_psnr_speed)]
     for path in drawn:
         print(path)
     if not drawn:

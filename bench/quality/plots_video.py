@@ -14,20 +14,21 @@ from bench.plot_style import COLOURS, LINES, MARKERS, METHODS, finish, method_ha
 __all__ = ["plot_psnr_density", "plot_psnr_speed"]
 
 
-def plot_psnr_density(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> Path:
+def plot_psnr_density(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES, note: str = "") -> Path:
     """quality_psnr_density.png: PSNR (mean, one standard deviation) and SSIM against dense, over density.
 
     rows: {"method": "svg2", "svg2+comp", "tiles+comp" ..., "density", "psnr_mean", "psnr_std", "ssim_mean", ...}.
+    note: stands above the curves: what a reader needs to judge them.
     """
     figure, (psnr, ssim) = new_figure(2, 4.8)
     _plot_video_curves(psnr, rows, "density", "psnr_mean", "psnr_std")
     _plot_video_curves(ssim, rows, "density", "ssim_mean", None)
     finish(psnr, "density of the sparse attentions", "PSNR against dense, dB", "PSNR", "x")
     finish(ssim, "density of the sparse attentions", "SSIM against dense", "SSIM", "x")
-    return _save_with_legend(figure, folder, "quality_psnr_density")
+    return _save_with_legend(figure, rows, folder, "quality_psnr_density", note)
 
 
-def plot_psnr_speed(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> Path:
+def plot_psnr_speed(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES, note: str = "") -> Path:
     """quality_psnr_speed.png: PSNR against dense over the speed-up of sampling; rows as in ``plot_psnr_density``, with
     "speedup" (rows without one are left out)."""
     figure, axes = new_figure(1, 5.4, 9.0)
@@ -35,7 +36,7 @@ def plot_psnr_speed(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES) ->
     _plot_video_curves(axes, timed, "speedup", "psnr_mean", None)
     axes.axvline(1.0, color="0.7", linewidth=1)
     finish(axes, "times faster than dense", "PSNR against dense, dB", "Quality against speed")
-    return _save_with_legend(figure, folder, "quality_psnr_speed")
+    return _save_with_legend(figure, rows, folder, "quality_psnr_speed", note)
 
 
 def _split_method(method: str) -> tuple[str, str]:
@@ -65,6 +66,9 @@ def _plot_video_curves(
             axes.fill_between(x, y - spread, y + spread, color=COLOURS[name], alpha=0.15, linewidth=0)
 
 
-def _save_with_legend(figure: Any, folder: Path, name: str) -> Path:
-    figure.legend(handles=method_handles(), loc="outside lower center", ncols=3, fontsize=8.5)
+def _save_with_legend(figure: Any, rows: Sequence[Mapping[str, Any]], folder: Path, name: str, note: str) -> Path:
+    kinds = {_split_method(row["method"])[0] for row in rows}
+    handles = method_handles([kind for kind in METHODS if kind in kinds])
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
+    figure.suptitle(note, fontsize=9)
     return save(figure, folder, name)

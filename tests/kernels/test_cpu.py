@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svg2_compile.kernels import cpu, reference
+from svg2_compile.kernels import cpu, cpu_attention, cpu_keys, reference
 from svg2_compile.kernels.cpu_attention import QueryGroup, key_parts, merge_partial_softmax, shared_calls
 from svg2_compile.kernels.tuning import override
 from tests.kernels.helpers import EDGE_SHAPES, Problem, assert_within_budget, make_problem
@@ -113,6 +113,16 @@ def test_attention_does_not_depend_on_the_number_of_threads(threads: int) -> Non
         check_attention(problem, compensation=False)
     finally:
         torch.set_num_threads(before)
+
+
+def test_attention_does_not_depend_on_the_memory_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(batch=2, q_heads=4, kv_heads=2, num_queries=300, num_keys=900, num_q_clusters=20)
+    at_once = cpu.block_sparse_attention(*problem.args(True))
+    monkeypatch.setattr(cpu_attention, "TABLE_BYTES", 1)  # a head at a time
+    monkeypatch.setattr(cpu_attention, "MAX_LISTED_KEYS", 1)  # a list at a time: no call is shared
+    monkeypatch.setattr(cpu_keys, "MAX_MASK_ELEMENTS", 1)
+    one_by_one = cpu.block_sparse_attention(*problem.args(True))
+    torch.testing.assert_close(one_by_one, at_once, rtol=0, atol=2e-6)
 
 
 def test_key_parts_never_waste_a_thread_nor_cut_too_small() -> None:
