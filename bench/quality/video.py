@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.common import require_close, write_results
 from bench.minidit.sample import PROMPTS, video_size
 from bench.quality.methods import METHODS, Method
 from svg2_compile.api import enable
+from svg2_compile.compare.comparison import Run
 from svg2_compile.compare.density import density_table, sparse_steps
 from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
 from svg2_compile.minidit.model import VideoSize, load_model, make_scheduler, sample_videos
@@ -66,11 +67,9 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """One video [3, F, H, W] in [-1, 1], the seconds of its steps, and the mean density of its attentions."""
+class Sampled(Run):
+    """A run, and the mean density of its attentions."""
 
-    video: Tensor
-    step_seconds: list[float]
     density: float = 1.0
     density_overall: float = 1.0
     first_sparse_step: int = 0
@@ -117,7 +116,7 @@ def row(method: Method, selection: dict[str, float], dense: list[Sampled], spars
     ssims = [ssim(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
     multiscale = [multiscale_ssim(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
     first = sparse[0].first_sparse_step
-    loop = [sum(d.step_seconds) / sum(s.step_seconds) for d, s in zip(dense, sparse, strict=True)]
+    loop = [d.seconds / s.seconds for d, s in zip(dense, sparse, strict=True)]
     later = [sum(d.step_seconds[first:]) / sum(s.step_seconds[first:]) for d, s in zip(dense, sparse, strict=True)]
     return {
         "method": method.name,
