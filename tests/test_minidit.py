@@ -126,6 +126,17 @@ def test_noise_levels() -> None:
     assert torch.allclose(minidit.shifted(torch.tensor([0.0, 1.0]), 3.0), torch.tensor([0.0, 1.0]))
 
 
+def test_coordinates_tell_places_apart() -> None:
+    videos = torch.randn(2, 3, 4, 8, 12)
+    taken = minidit.with_coordinates(videos)
+    assert taken.shape == (2, minidit.CONFIG["in_channels"], 4, 8, 12) and torch.equal(taken[:, :3], videos)
+    frames, rows, columns = taken[0, 3], taken[0, 6], taken[0, 9]
+    assert torch.equal(frames[:, 0, 0], torch.tensor([-0.75, -0.25, 0.25, 0.75]))
+    assert torch.equal(rows[2], rows[0]) and torch.equal(columns[:, 3], columns[:, 0])
+    assert (rows[0, :, 0].diff() > 0).all() and (columns[0, 0].diff() > 0).all()
+    assert len(taken[0, 3:].flatten(1).T.unique(dim=0)) == 4 * 8 * 12
+
+
 def test_scheduler_follows_the_training_noise_levels() -> None:
     scheduler = minidit.make_scheduler(4096)
     minidit.set_noise_levels(scheduler, 10)

@@ -13,7 +13,7 @@ import torch
 import svg2_compile
 from bench.common import measure, require_close
 from bench.minidit.sample import PROMPTS
-from svg2_compile.minidit.model import VideoSize, initial_noise, load_model
+from svg2_compile.minidit.model import VideoSize, initial_noise, load_model, with_coordinates
 from svg2_compile.minidit.prompts import encode_prompt
 
 REPEATS = 5
@@ -36,7 +36,7 @@ def row(size: VideoSize, folder: Path, with_package: bool) -> dict[str, Any]:
     """Median times of one step by every door: torch.compile, the loaded file and, if wanted, the package."""
     model = load_model()
     inputs = {
-        "hidden_states": initial_noise(0, size),
+        "hidden_states": with_coordinates(initial_noise(0, size)),
         "encoder_hidden_states": encode_prompt(PROMPTS[0])[None],
         "return_dict": False,
     }

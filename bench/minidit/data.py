@@ -19,11 +19,21 @@ from bench.minidit.textures import background_pictures, surface_pictures
 from svg2_compile.minidit.model import VideoSize
 from svg2_compile.minidit.prompts import COLOURS, DIRECTIONS, ObjectWords, Prompt, encode_prompt, random_prompt
 
-RADIUS = (0.17, 0.28)
+RADIUS = (0.22, 0.28)
 """Smallest and largest radius of an object, as a fraction of the shorter edge."""
 
-TRAVEL = (0.35, 0.75)
-"""How far an object or the camera moves over the whole clip, in the same unit."""
+LANES = (0.5, 0.3, 0.7)
+"""Where the first, second and third object are: the height of those that move sideways, and so on. A prompt tells the
+layout, but for chance; so shapes and paths are learned from every video, whatever its noise."""
+CHANCE = 0.07
+"""How far an object may be from there, as a fraction of the frame."""
+
+TRAVEL = 0.4
+"""How far an object or the camera moves over the whole clip, about, in the same unit."""
+
+SPEEDS = (1, 2, 4)
+"""Pixels per frame. A token is a patch of four: what moves lies the same way on the grid of tokens again after four
+frames, two or one, so that a small model can learn to follow it."""
 
 
 def _uniform(low: float, high: float, generator: Generator) -> float:
@@ -67,12 +77,16 @@ def shape_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     raise ValueError(f"unknown shape {shape!r}")
 
 
-def _path(direction: str, size: VideoSize, generator: Generator) -> Tensor:
+def speed(size: VideoSize) -> int:
+    """Pixels per frame of everything that moves in a video of ``size``."""
+    wanted = TRAVEL * min(size.height, size.width) / max(1, size.frames - 1)
+    return min(SPEEDS, key=lambda pixels: abs(math.log(pixels / wanted)))
+
+
+def _path(direction: str, size: VideoSize) -> Tensor:
     """Offsets in pixels from the middle of a motion: (frames, 2) float32 of x and y, at an even speed."""
-    edge = min(size.height, size.width)
-    # a clip of a single frame is the middle of a motion; short clips show less of one
-    travel = _uniform(*TRAVEL, generator) * edge * min(1.0, (size.frames - 1) / 7)
-    return torch.linspace(-0.5, 0.5, size.frames)[:, None] * torch.tensor(DIRECTIONS[direction]) * travel
+    frames = torch.arange(size.frames) - (size.frames - 1) / 2
+    return frames[:, None] * torch.tensor(DIRECTIONS[direction]) * speed(size)
 
 
 def _sample(picture: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -106,17 +120,27 @@ def _pick(pictures: tuple[Tensor, ...], generator: Generator) -> Tensor:
 def _background(prompt: Prompt, size: VideoSize, generator: Generator) -> Tensor:
     """(frames, 3, height, width) float32 in [0, 1]. What is seen moves against the camera's pan."""
     picture = _pick(background_pictures(prompt.background), generator)
-    x, y = _pixel_grid(size, -_path(prompt.camera, size, generator))
+    x, y = _pixel_grid(size, -_path(prompt.camera, size))
     zoom = _texels_per_pixel(size, generator)
     left, top = (_uniform(0, edge, generator) for edge in (picture.shape[2], picture.shape[1]))
     return _sample(picture, x * zoom + left, y * zoom + top)
 
 
-def _paint(video: Tensor, words: ObjectWords, size: VideoSize, generator: Generator) -> Tensor:
-    """Paint one object over ``video`` (frames, 3, height, width). Returns the new video."""
+def _centre(words: ObjectWords, place: int, size: VideoSize, generator: Generator) -> Tensor:
+    """The middle of the path of the object at ``place`` of the prompt, in pixels: x and y."""
+    lane = LANES[place]
+    x, y = {"left": (0.5, lane), "right": (0.5, lane), "up": (lane, 0.5), "down": (lane, 0.5)}.get(
+        words.direction, (lane, 1 - lane)
+    )
+    chance = [_uniform(-CHANCE, CHANCE, generator) for _ in range(2)]
+    return torch.tensor([(x + chance[0]) * size.width, (y + chance[1]) * size.height])
+
+
+def _paint(video: Tensor, words: ObjectWords, place: int, size: VideoSize, generator: Generator) -> Tensor:
+    """Paint the object at ``place`` of the prompt over ``video`` (frames, 3, height, width). Returns the new video."""
     radius = _uniform(*RADIUS, generator) * min(size.height, size.width)
-    centre = torch.tensor([_uniform(0.22, 0.78, generator) * size.width, _uniform(0.22, 0.78, generator) * size.height])
-    x, y = _pixel_grid(size, centre + _path(words.direction, size, generator))
+    centre = _centre(words, place, size, generator)
+    x, y = _pixel_grid(size, centre + _path(words.direction, size))
     outline = shape_distance(words.shape, x / radius, y / radius) * radius
     alpha = (0.5 - outline).clamp(0, 1)[:, None]
 
@@ -135,8 +159,8 @@ def _paint(video: Tensor, words: ObjectWords, size: VideoSize, generator: Genera
 def make_video(prompt: Prompt, size: VideoSize, generator: Generator) -> Tensor:
     """A video of the prompt: (3, frames, height, width) float32 in [-1, 1]."""
     video = _background(prompt, size, generator)
-    for words in reversed(prompt.objects):
-        video = _paint(video, words, size, generator)
+    for place, words in reversed(list(enumerate(prompt.objects))):
+        video = _paint(video, words, place, size, generator)
     return video.transpose(0, 1).contiguous() * 2 - 1
 
 

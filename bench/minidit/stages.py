@@ -70,15 +70,15 @@ STAGES = (
         ),
     ),
     # where things are and how they move is learned from many videos, fine textures from large ones: small videos,
-    # a twentieth of the time each, take two thirds of it
+    # a twentieth of the time each, take four fifths of it
     Stage(
         "all sizes",
         100_000,
         (
-            Choice(VideoSize(8, 32, 32), 16, 16),
-            Choice(VideoSize(8, 48, 48), 6, 10),
-            Choice(VideoSize(16, 32, 32), 7, 4),
-            Choice(VideoSize(16, 64, 64), 2, 5),
+            Choice(VideoSize(8, 32, 32), 16, 32),
+            Choice(VideoSize(8, 48, 48), 6, 24),
+            Choice(VideoSize(16, 32, 32), 7, 8),
+            Choice(VideoSize(16, 64, 64), 2, 4),
             Choice(VideoSize(4, 128, 128), 2, 1),
             Choice(VideoSize(16, 64, 96), 1, 1),
         ),

@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 from bench.minidit.data import make_batch
 from bench.minidit.optim import WeightAverage, build_optimizers, learning_rate_factor, set_learning_rate
 from bench.minidit.stages import choice_at, stage_at
-from svg2_compile.minidit.model import TIMESTEPS, VideoSize, build_model, shifted, timestep_shift
+from svg2_compile.minidit.model import TIMESTEPS, VideoSize, build_model, shifted, timestep_shift, with_coordinates
 
 CLIP_NORM = 1.0
 UNIFORM_TIMES = 0.15
@@ -45,7 +45,7 @@ def flow_loss(model: nn.Module, videos: Tensor, conditions: Tensor, times: Tenso
     t = times.view(-1, 1, 1, 1, 1)
     noisy = (1 - t) * videos + t * noise
     with torch.autocast(videos.device.type, torch.bfloat16):
-        velocity = model(noisy, times * TIMESTEPS, conditions, return_dict=False)[0]
+        velocity = model(with_coordinates(noisy), times * TIMESTEPS, conditions, return_dict=False)[0]
     return F.mse_loss(velocity.float(), noise - videos)
 
 

@@ -38,7 +38,7 @@ from bench.quality.position import KINDS
 from bench.quality.reuse import ReuseStudy
 from svg2_compile.config import Svg2Config
 from svg2_compile.explanation import explain
-from svg2_compile.minidit.model import CONFIG, VideoSize, initial_noise, load_model
+from svg2_compile.minidit.model import CONFIG, VideoSize, initial_noise, load_model, with_coordinates
 from svg2_compile.minidit.prompts import encode_prompt
 
 RECALL_DENSITIES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.35, 0.50)
@@ -67,7 +67,7 @@ def default_cluster_counts(size: VideoSize) -> tuple[int, int]:
     from diffusers import WanTransformer3DModel
 
     layer = WanTransformer3DModel(**{**CONFIG, "num_layers": 1}).eval().requires_grad_(False)
-    inputs = (initial_noise(0, size), torch.tensor([500.0]), encode_prompt(None).unsqueeze(0))
+    inputs = (with_coordinates(initial_noise(0, size)), torch.tensor([500.0]), encode_prompt(None).unsqueeze(0))
     report = explain(layer, *inputs, options={"min_tokens": 0, "dense_layers": 0}, return_dict=False)
     site = next(site for site in report.sites if site.decision == "sparse")
     return int(site.num_q_clusters or 0), int(site.num_k_clusters or 0)

@@ -1,11 +1,13 @@
 """The small model: its configuration, reading and writing its weights, and sampling from it.
 
-It is diffusers' Wan transformer, as it is, on pixels: no autoencoder, a patch of 1 x 4 x 4 pixels is a token. It
+It is diffusers' Wan transformer, as it is, on pixels: no autoencoder, a patch of 1 x 4 x 4 pixels is a token. Nine of
+its input channels tell where in the video a pixel is: rotary embedding tells distances, not places. It
 predicts the velocity ``noise - video`` of ``x_t = (1 - t) video + t noise``; its timestep is ``1000 t``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,7 @@ CONFIG: dict[str, Any] = {
     "patch_size": (1, 4, 4),
     "num_attention_heads": 6,
     "attention_head_dim": 32,
-    "in_channels": 3,
+    "in_channels": 12,
     "out_channels": 3,
     "text_dim": TEXT_DIM,
     "freq_dim": 256,
@@ -121,6 +123,22 @@ def set_noise_levels(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> 
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
 
 
+def with_coordinates(videos: Tensor) -> Tensor:
+    """What the model takes: videos (B, 3, F, H, W) and, per axis, the place u in [-1, 1] with its sine and cosine.
+
+    Returns:
+        (B, 12, F, H, W) of the dtype and device of ``videos``.
+    """
+    planes = []
+    for axis in (2, 3, 4):
+        length = videos.shape[axis]
+        place = (2 * torch.arange(length, device=videos.device) + 1) / length - 1
+        for plane in (place, torch.sin(math.pi * place), torch.cos(math.pi * place)):
+            shape = [length if other == axis else 1 for other in range(1, 5)]
+            planes.append(plane.to(videos.dtype).view(1, *shape).expand(len(videos), 1, *videos.shape[2:]))
+    return torch.cat([videos, *planes], dim=1)
+
+
 def initial_noise(seed: int, size: VideoSize) -> Tensor:
     """(1, 3, frames, height, width) float32, the same on every machine and in every precision."""
     generator = torch.Generator().manual_seed(seed)
@@ -159,7 +177,7 @@ def sample_videos(
     set_noise_levels(scheduler, steps)
     for step, timestep in enumerate(scheduler.timesteps):
         times = timestep.to(device).expand(len(videos))
-        latents = videos.to(device, dtype)
+        latents = with_coordinates(videos.to(device, dtype))
         velocity = model(latents, times, asked, return_dict=False)[0].float()
         if guidance != 1:
             unguided = model(latents, times, empty, return_dict=False)[0].float()

@@ -34,6 +34,7 @@ SURFACES = ("gravel", "grass", "brick", "stripes", "dots", "checks")
 BACKGROUNDS = ("gravel", "grass", "brick", "moon", "fur", "coffee", "portrait", "tissue", "stars", "garage")
 
 MAX_OBJECTS = 3
+OBJECT_WEIGHTS = (0.45, 0.35, 0.2)  # of one, two and three objects
 CONTEXT_TOKENS = MAX_OBJECTS + 2
 TEXT_DIM = 64
 _TABLE_SEED = 20240217
@@ -102,8 +103,8 @@ def _choice(words: Sequence[str], generator: Generator) -> str:
 
 
 def random_prompt(generator: Generator) -> Prompt:
-    """A prompt of one to three objects of different colours; every word of a field is equally likely."""
-    count = 1 + int(torch.randint(MAX_OBJECTS, (), generator=generator))
+    """A prompt of one to three objects of different colours, mostly few; every word of a field is equally likely."""
+    count = 1 + int(torch.multinomial(torch.tensor(OBJECT_WEIGHTS), 1, generator=generator))
     colours = torch.randperm(len(COLOURS), generator=generator)[:count].tolist()
     objects = tuple(
         ObjectWords(
