@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -45,7 +46,7 @@ class DemoOptions:
         return self.frames, self.height, self.width
 
     @property
-    def selection(self) -> dict[str, float]:
+    def selection(self) -> dict[str, Any]:
         """What is selected, as svg2's options."""
         if self.density is not None and self.top_p is not None:
             raise ValueError(f"density={self.density} and top_p={self.top_p}: each says what is selected. Give one.")
