@@ -10,6 +10,7 @@ the partial results are merged by their log-sum-exp. Mean keys, of compensation,
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,9 +26,7 @@ TABLE_BYTES = 1 << 24  # of the keys and values whose query blocks may share cal
 MAX_LISTED_KEYS = 1 << 21  # in the lists that wait for others to share a call with
 GATHERED_BYTES = 1 << 22  # of keys and values gathered for one call: they stay in the cache
 MIN_FUSED_KEYS = 64  # with fewer keys than a vector has lanes (16), the fused kernel turns NaN scores into 0
-MAX_PADDING = (
-    1.125  # blocks share a call if the largest has at most this many times the keys, and rows, of the smallest
-)
+MAX_PADDING = 1.125  # between the largest and the smallest of the blocks that share a call, of keys and of rows
 GATHER_ROWS = 32  # fetching a key and its value costs about as much as attending to it from this many rows
 
 
@@ -158,18 +157,17 @@ def shared_calls(groups: Iterable[QueryGroup], max_keys: int) -> Iterator[list[Q
     def row_class(group: QueryGroup) -> int:
         return int(math.log(group.num_rows + GATHER_ROWS, MAX_PADDING))
 
-    call: list[QueryGroup] = []
-    for group in sorted(groups, key=lambda g: (row_class(g), g.num_keys)):
-        fits = bool(call) and (
-            row_class(group) == row_class(call[0])
-            and group.num_keys <= MAX_PADDING * call[0].num_keys
-            and group.num_keys * (len(call) + 1) <= max_keys
-        )
-        if call and not fits:
-            yield call
-            call = []
-        call.append(group)
-    if call:
+    by_rows: dict[int, list[QueryGroup]] = defaultdict(list)
+    for group in groups:
+        by_rows[row_class(group)].append(group)
+    for alike in by_rows.values():
+        call: list[QueryGroup] = []
+        for group in sorted(alike, key=lambda g: g.num_keys):
+            limit = min(MAX_PADDING * call[0].num_keys, max_keys / (len(call) + 1)) if call else math.inf
+            if group.num_keys > limit:
+                yield call
+                call = []
+            call.append(group)
         yield call
 
 
@@ -206,10 +204,9 @@ def _gathered(keys: KeyTable, lists: Sequence[Tensor], parts: int) -> tuple[Tens
             return keys.key[run].unsqueeze(0), keys.value[run].unsqueeze(0), None
     index = torch.nn.utils.rnn.pad_sequence(list(lists), batch_first=True, padding_value=keys.padding_row)
     index = pad(index, (0, -index.shape[1] % parts), value=keys.padding_row)
-    flat = index.flatten()
-    gathered = (table.index_select(0, flat).unflatten(0, index.shape) for table in (keys.key, keys.value, keys.bias))
-    key, value, bias = gathered
-    return key, value, bias
+    key, value = (table.index_select(0, index.flatten()).unflatten(0, index.shape) for table in (keys.key, keys.value))
+    unpadded = all(rows.shape[0] == index.shape[1] for rows in lists)
+    return key, value, None if unpadded and not keys.num_means else keys.bias[index]
 
 
 def key_parts(num_groups: int, num_rows: int, num_keys: int, num_threads: int, limits: Mapping[str, int]) -> int:

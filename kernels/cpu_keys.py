@@ -31,6 +31,7 @@ class KeyTable:
         self.num_tokens = key.shape[2]
         self.num_means = 0 if means is None else means[0].shape[2]
         self.sizes = [offsets[head].diff().to(torch.int64) for head in heads]
+        self.block_of_key = [torch.repeat_interleave(torch.arange(len(sizes)), sizes) for sizes in self.sizes]
         mean_keys, mean_values = (None, None) if means is None else means
         self.key, self.value = _rows(key, mean_keys, heads), _rows(value, mean_values, heads)
         self.bias = self.key.new_zeros(self.key.shape[0])
@@ -53,10 +54,9 @@ class KeyTable:
         selected: bool [R, C + 2]. Yields R ascending lists, int64.
         """
         sizes = self.sizes[position]
-        block_of_key = torch.repeat_interleave(torch.arange(sizes.shape[0]), sizes)
         at_once = max(1, MAX_MASK_ELEMENTS // max(1, self.rows_per_head))
         for part in selected.split(at_once):
-            included = part.index_select(1, block_of_key)
+            included = part.index_select(1, self.block_of_key[position])
             if self.num_means:
                 # Compensation stands in for clusters that are not selected and not empty.
                 skipped = ~part[:, : self.num_means] & (sizes[: self.num_means] > 0)

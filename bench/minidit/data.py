@@ -129,9 +129,8 @@ def _background(prompt: Prompt, size: VideoSize, generator: Generator) -> Tensor
 def _centre(words: ObjectWords, place: int, size: VideoSize, generator: Generator) -> Tensor:
     """The middle of the path of the object at ``place`` of the prompt, in pixels: x and y."""
     lane = LANES[place]
-    x, y = {"left": (0.5, lane), "right": (0.5, lane), "up": (lane, 0.5), "down": (lane, 0.5)}.get(
-        words.direction, (lane, 1 - lane)
-    )
+    sideways, upright = DIRECTIONS[words.direction]
+    x, y = (0.5, lane) if sideways else (lane, 0.5) if upright else (lane, 1 - lane)
     chance = [_uniform(-CHANCE, CHANCE, generator) for _ in range(2)]
     return torch.tensor([(x + chance[0]) * size.width, (y + chance[1]) * size.height])
 
