@@ -193,7 +193,7 @@ def _attend(
     outs, sums = attend_to_keys(query, *_gathered(keys, [group.key_rows for group in groups], parts), scale, parts)
     index = index.masked_fill_(index > last, rows.shape[0]).flatten()
     out.index_copy_(0, index, outs.flatten(0, 1).to(out.dtype))
-    lse.index_copy_(0, index, sums.flatten().to(lse.dtype))  # autocast may have made it shorter
+    lse.index_copy_(0, index, sums.flatten())
 
 
 def _gathered(keys: KeyTable, lists: Sequence[Tensor], parts: int) -> tuple[Tensor, Tensor, Tensor | None]:

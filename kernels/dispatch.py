@@ -81,6 +81,12 @@ def implementation_for(device: torch.device) -> str:
     return DEFAULT_IMPLEMENTATION[device.type]
 
 
-def load_implementation(device: torch.device) -> Any:
-    """The module with a function per op that serves ``device`` now."""
-    return importlib.import_module(IMPLEMENTATIONS[implementation_for(device)].module)
+def run_implementation(op: str, device: torch.device, *args: Any) -> Any:
+    """What the implementation that serves ``device`` now makes of the op called ``op``.
+
+    Autocast is off inside: the op's contract says in which dtype it computes, and an ambient autocast would shorten
+    the distances of k-means and the scores that blocks are chosen by.
+    """
+    module = importlib.import_module(IMPLEMENTATIONS[implementation_for(device)].module)
+    with torch.autocast(device.type, enabled=False):
+        return getattr(module, op)(*args)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels import validation
-from svg2_compile.kernels.dispatch import implementation_for, use_implementation
-from svg2_compile.kernels.dispatch import load_implementation as _implementation
+from svg2_compile.kernels.dispatch import implementation_for, run_implementation, use_implementation
 
 __all__ = [
     "block_density",
@@ -56,7 +55,7 @@ def kmeans(
     tokens.
     """
     validation.check_kmeans(x, centroids, seeded, iters, valid)
-    result: tuple[Tensor, Tensor, Tensor] = _implementation(x.device).kmeans(x, centroids, seeded, iters, valid)
+    result: tuple[Tensor, Tensor, Tensor] = run_implementation("kmeans", x.device, x, centroids, seeded, iters, valid)
     return result
 
 
@@ -86,7 +85,7 @@ def cluster_order(
     """
     validation.check_cluster_order(labels, num_clusters, start, num_tokens, valid)
     args = (labels, num_clusters, start, num_tokens, valid)
-    result: tuple[Tensor, Tensor] = _implementation(labels.device).cluster_order(*args)
+    result: tuple[Tensor, Tensor] = run_implementation("cluster_order", labels.device, *args)
     return result
 
 
@@ -124,7 +123,7 @@ def select_blocks(
     """
     args = (q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_k_ratio, density)
     validation.check_select_blocks(*args)
-    block_map: Tensor = _implementation(q_centroids.device).select_blocks(*args)
+    block_map: Tensor = run_implementation("select_blocks", q_centroids.device, *args)
     return block_map
 
 
@@ -149,7 +148,7 @@ def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
     """Row r of the result is token order[r]: x [B, H, N, D], order int32 [B, H, N] -> [B, H, N, D], contiguous;
     exact."""
     validation.check_tokens_and_order("permute_tokens", x, order)
-    result: Tensor = _implementation(x.device).permute_tokens(x, order)
+    result: Tensor = run_implementation("permute_tokens", x.device, x, order)
     return result
 
 
@@ -166,7 +165,7 @@ def unpermute_tokens(x: Tensor, order: Tensor) -> Tensor:
     projection reads next), seen transposed.
     """
     validation.check_tokens_and_order("unpermute_tokens", x, order)
-    result: Tensor = _implementation(x.device).unpermute_tokens(x, order)
+    result: Tensor = run_implementation("unpermute_tokens", x.device, x, order)
     return result
 
 
@@ -181,7 +180,7 @@ def cluster_means(x: Tensor, offsets: Tensor) -> Tensor:
     """Mean row of each cluster: permuted x [B, H, N, D], offsets int32 [B, H, C + 3] -> float32 [B, H, C, D]; 0 if
     empty."""
     validation.check_cluster_means(x, offsets)
-    result: Tensor = _implementation(x.device).cluster_means(x, offsets)
+    result: Tensor = run_implementation("cluster_means", x.device, x, offsets)
     return result
 
 
@@ -221,7 +220,7 @@ def block_sparse_attention(
     """
     args = (query, key, value, q_offsets, k_offsets, block_map, scale, k_centroids, v_centroids, q_order, k_order)
     validation.check_block_sparse_attention(*args, workspace_mb)
-    result: tuple[Tensor, Tensor] = _implementation(query.device).block_sparse_attention(*args, workspace_mb)
+    result: tuple[Tensor, Tensor] = run_implementation("block_sparse_attention", query.device, *args, workspace_mb)
     return result
 
 
@@ -273,7 +272,7 @@ def select_blocks_by_error(
     """
     args = (key, value, k_offsets, q_centroids, k_centroids, v_centroids, q_sizes, scale, top_p, min_k_ratio, density)
     validation.check_select_blocks_by_error(*args)
-    result: Tensor = _implementation(key.device).select_blocks_by_error(*args)
+    result: Tensor = run_implementation("select_blocks_by_error", key.device, *args)
     return result
 
 
@@ -300,7 +299,7 @@ def _(
 def block_density(q_offsets: Tensor, k_offsets: Tensor, block_map: Tensor) -> Tensor:
     """Selected (query, key) pairs over all pairs, float32 [B, Hq]; 0 where there are no pairs."""
     validation.check_block_density(q_offsets, k_offsets, block_map)
-    result: Tensor = _implementation(block_map.device).block_density(q_offsets, k_offsets, block_map)
+    result: Tensor = run_implementation("block_density", block_map.device, q_offsets, k_offsets, block_map)
     return result
 
 

@@ -90,6 +90,17 @@ def test_op_leaves_its_inputs_alone_and_is_deterministic(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_an_ambient_autocast_changes_nothing(name: str, implementation: str) -> None:
+    op = getattr(SVG2, name).default
+    with ops.use_implementation(implementation):
+        for args in ARGUMENTS[name]:
+            plain = op(*args)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                torch.testing.assert_close(op(*args), plain, rtol=0, atol=0)
+
+
 def test_ops_import_without_triton_and_load_only_what_runs() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
