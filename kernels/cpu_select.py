@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -131,47 +132,48 @@ def _log_errors(
     k_sizes: Tensor,
     scale: float,
 ) -> Tensor:
-    """ln sum_t |exp(s q.k_t) v_t - exp(s q.k_j) v_j|^2 for queries [m, D] and the clusters of one head: [m, Ck].
+    """ln |sum_t (exp(s q.k_t) - exp(s q.k_j)) (v_t - o)|^2 for queries [m, D] and the clusters of one head: [m, Ck].
 
-    With d_t = s q.(k_t - k_j) and the largest of them (or 0) as shift, the sum is exp(2 s q.k_j + 2 shift) times the
-    sum of |r_t v_t - r_j v_j|^2, where r_t = exp(d_t - shift) and r_j = exp(-shift): nothing overflows. And |r_t v_t
-    - r_j v_j|^2 = r_t^2 |v_t|^2 - 2 r_t r_j v_t.v_j + r_j^2 |v_j|^2: per pair (query, key) three scalars, never a
-    vector.
+    o is the output of q if every cluster is compensated. With d_t = s q.(k_t - k_j) and the largest of them (or 0) as
+    shift, the weights are exp(s q.k_j + shift) times w_t = exp(d_t - shift) - exp(-shift): nothing overflows. And
+    sum_t w_t (v_t - o) = sum_t w_t (v_t - v_j) + (sum_t w_t) (v_j - o): a matrix product per cluster, of small numbers.
     """
-    num_clusters = k_centroids.shape[0]
-    labels = torch.repeat_interleave(torch.arange(num_clusters), k_sizes)
     scaled_queries = queries * scale
-    log_sums = queries.new_full((num_clusters, queries.shape[0]), -math.inf)
+    mean_scores = scaled_queries @ k_centroids.t()
+    # An empty cluster's centroid may be anything.
+    outputs = torch.softmax((mean_scores + k_sizes.log()).masked_fill(k_sizes == 0, -math.inf), dim=-1) @ v_centroids
+    log_sums = queries.new_full((k_centroids.shape[0], queries.shape[0]), -math.inf)
     # Floats of one [query clusters, tokens] tile: a few MiB, whatever the number of tokens.
     errors_per_tile = tuned("cpu_error", key.device, key.dtype, key.shape[1], key.shape[0])["ERRORS_PER_TILE"]
-    tile = max(1, errors_per_tile // queries.shape[0])
-    for start in range(0, labels.shape[0], tile):
-        cluster = labels[start : start + tile]
-        tokens = slice(start, start + cluster.shape[0])
-        present = slice(int(cluster[0]), int(cluster[-1]) + 1)
-        tile_log_sums = _tile_log_sums(
-            (key[tokens].to(torch.float32) - k_centroids.index_select(0, cluster)) @ scaled_queries.t(),
-            value[tokens].to(torch.float32),
-            v_centroids[present],
-            cluster - cluster[0],
-        )
-        # A cluster can begin in one tile and end in a later one.
-        log_sums[present] = torch.logaddexp(log_sums[present], tile_log_sums)
-    return log_sums.t() + 2 * scaled_queries @ k_centroids.t()
+    for clusters, rows, present in _tiles_of_clusters(k_sizes, max(1, errors_per_tile // queries.shape[0])):
+        key_mean, value_mean = k_centroids[clusters].unsqueeze(1), v_centroids[clusters].unsqueeze(1)
+        # Padding is put at the centroid, where weights are exactly 0.
+        distance = (key[rows].to(torch.float32) - key_mean).masked_fill_(~present, 0.0) @ scaled_queries.t()
+        shift = distance.amax(dim=1, keepdim=True).clamp_(min=0.0)
+        weights = distance.sub_(shift).exp_().sub_(torch.exp(-shift))
+        spread = (value[rows].to(torch.float32) - value_mean).masked_fill_(~present, 0.0)
+        error = weights.transpose(1, 2) @ spread
+        error.addcmul_(weights.sum(dim=1).unsqueeze(-1), value_mean - outputs)
+        log_sums[clusters] = error.square_().sum(dim=-1).log_().add_(shift.squeeze(1), alpha=2)
+    return log_sums.t() + 2 * mean_scores
 
 
-def _tile_log_sums(distance: Tensor, values: Tensor, means: Tensor, cluster: Tensor) -> Tensor:
-    """ln sum_t |exp(d_t) v_t - v_j|^2 over the tokens of each cluster in a tile: [clusters, m].
-
-    distance [t, m] is d_t and is overwritten; values [t, Dv]; means [clusters, Dv]; cluster [t] in ascending order.
-    """
-    sizes = torch.bincount(cluster, minlength=means.shape[0])
-    shift = torch.segment_reduce(distance, "max", lengths=sizes, axis=0, initial=0.0)
-    ratio = distance.sub_(shift.index_select(0, cluster)).exp_()
-    cross = (values * means.index_select(0, cluster)).sum(dim=-1, keepdim=True)
-    cross_sums = torch.zeros_like(shift).index_add_(0, cluster, ratio * cross)
-    square_sums = torch.zeros_like(shift).index_add_(0, cluster, ratio.square_().mul_(values.square().sum(-1, True)))
-    mean_ratio = (-shift).exp()
-    mean_sums = mean_ratio.square() * (sizes * means.square().sum(dim=-1)).unsqueeze(-1)
-    sums = square_sums - 2 * mean_ratio * cross_sums + mean_sums
-    return sums.clamp_(min=0).log_().add_(shift, alpha=2)  # rounding can leave a small negative number
+def _tiles_of_clusters(k_sizes: Tensor, tokens_per_tile: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Clusters of like size together: their indices [c], the tokens of each [c, longest], and which of those are its
+    own, bool [c, longest, 1]. Empty clusters are in no tile; one of more tokens than a tile's has a tile to itself."""
+    ends = k_sizes.cumsum(dim=0)
+    order = torch.argsort(k_sizes, descending=True, stable=True)
+    sizes = k_sizes[order].tolist()
+    first = 0
+    while first < len(sizes) and sizes[first] > 0:
+        longest = sizes[first]
+        last = min(first + max(1, tokens_per_tile // longest), len(sizes))
+        # at most half of a tile is padding
+        while sizes[last - 1] == 0 or (last - first > 1 and sizes[last - 1] < longest // 2):
+            last -= 1
+        clusters = order[first:last]
+        place = torch.arange(longest)
+        own = place < k_sizes[clusters].unsqueeze(1)
+        rows = torch.where(own, place, 0) + (ends - k_sizes)[clusters].unsqueeze(1)
+        yield clusters, rows, own.unsqueeze(-1)
+        first = last

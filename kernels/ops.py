@@ -264,9 +264,15 @@ def select_blocks_by_error(
     routing).
 
     Permuted key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv] with k_offsets int32 [B, Hkv, Ck + 3]; centroids float32;
-    the other arguments as in ``select_blocks``. Blocks are ranked by error per key e_ij / n_j with e_ij = sum over
-    keys t of cluster j of |exp(scale q_i.k_t) v_t - exp(scale q_i.k_j) v_j|^2, and kept until their keys first reach
-    the row's budget: the number of keys that ``select_blocks`` would keep, or density * (all clustered keys).
+    the other arguments as in ``select_blocks``. Blocks are ranked by error per key e_ij / n_j, where
+
+        e_ij = | sum over keys t of cluster j of (exp(scale q_i.k_t) - exp(scale q_i.k_j)) (v_t - o_i) |^2
+
+    and o_i is what q_i gets if every cluster is compensated: to first order, and up to a factor that a row shares, the
+    error in the output of q_i if cluster j is compensated. (The published estimate adds the squares of single keys'
+    errors, which largely cancel within a cluster; what that is worth is measured in docs/quality.md.) Blocks are kept
+    until their keys first reach the row's budget: the number of keys that ``select_blocks`` would keep, or density *
+    (all clustered keys).
 
     Returns block_map bool [B, Hq, Cq + 2, Ck + 2] with the guarantees of ``select_blocks``.
     """

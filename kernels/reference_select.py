@@ -103,7 +103,7 @@ def select_blocks_by_error(
     *,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Largest compensation error per key first (EAR, arXiv 2603.08982); see ``ops.select_blocks_by_error``."""
+    """Largest compensation error per key first; see ``ops.select_blocks_by_error``."""
     num_clusters = k_centroids.shape[2]
     k_sizes = k_offsets.diff(dim=-1)[..., :num_clusters]
     by_mass = select_clusters(q_centroids, k_centroids, k_sizes, scale, top_p, min_k_ratio, density, compute_dtype)
@@ -133,8 +133,8 @@ def _log_errors(
     scale: float,
     compute_dtype: torch.dtype,
 ) -> Tensor:
-    """ln e_ij with e_ij = sum_t |exp(s q_i.k_t) v_t - exp(s q_i.k_j) v_j|^2, over the keys t of cluster j. [B, Hq,
-    Cq, Ck].
+    """ln e_ij with e_ij = |sum_t (exp(s q_i.k_t) - exp(s q_i.k_j)) (v_t - o_i)|^2, over the keys t of cluster j, and
+    o_i the output of q_i if every cluster is compensated. [B, Hq, Cq, Ck].
 
     Exponentials are taken relative to the largest of the cluster, which is put back as a logarithm: no overflow, no
     underflow.
@@ -147,14 +147,16 @@ def _log_errors(
             g = h // (q_heads // kv_heads)
             queries = q_centroids[b, h].to(compute_dtype)
             bounds = k_offsets[b, g].tolist()
+            mean_scores = scale * (queries @ k_centroids[b, g].to(compute_dtype).T)
+            sizes = k_offsets[b, g].diff()[:num_k_clusters].to(compute_dtype)
+            log_mass = (mean_scores + sizes.log()).masked_fill(sizes == 0, -math.inf)
+            outputs = torch.softmax(log_mass, dim=-1) @ v_centroids[b, g].to(compute_dtype)
             for j in range(num_k_clusters):
                 keys = key[b, g, bounds[j] : bounds[j + 1]].to(compute_dtype)
                 values = value[b, g, bounds[j] : bounds[j + 1]].to(compute_dtype)
-                key_mean, value_mean = k_centroids[b, g, j].to(compute_dtype), v_centroids[b, g, j].to(compute_dtype)
-                key_scores, mean_score = scale * (queries @ keys.T), scale * (queries @ key_mean).unsqueeze(-1)
+                key_scores, mean_score = scale * (queries @ keys.T), mean_scores[:, j].unsqueeze(-1)
                 largest = torch.cat((key_scores, mean_score), dim=1).amax(dim=1, keepdim=True)
-                exact = torch.exp(key_scores - largest).unsqueeze(-1) * values
-                approximate = torch.exp(mean_score - largest) * value_mean
-                relative = (exact - approximate.unsqueeze(1)).square().sum(dim=(1, 2))
-                log_error[b, h, :, j] = relative.log() + 2 * largest.squeeze(-1)
+                weights = torch.exp(key_scores - largest) - torch.exp(mean_score - largest)
+                error = (weights.unsqueeze(-1) * (values - outputs.unsqueeze(1))).sum(dim=1)
+                log_error[b, h, :, j] = error.square().sum(dim=-1).log() + 2 * largest.squeeze(-1)
     return log_error

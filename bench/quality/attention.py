@@ -36,6 +36,7 @@ from bench.quality.measure import (
 )
 from bench.quality.position import KINDS
 from bench.quality.reuse import ReuseStudy
+from bench.quality.routing import RoutingStudy
 from svg2_compile.config import Svg2Config
 from svg2_compile.explanation import explain
 from svg2_compile.minidit.model import CONFIG, VideoSize, initial_noise, load_model, with_coordinates
@@ -82,6 +83,7 @@ class Measurement:
         self.gate: float | None = None
         self.reuse: ReuseStudy | None = ReuseStudy(counts)
         self.more_clusters: CountStudy | None = CountStudy(counts)
+        self.routing: RoutingStudy | None = RoutingStudy()
         self._measured: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
         self._carried: dict[int, Clustering] = {}
 
@@ -95,8 +97,11 @@ class Measurement:
             self.reuse.add(attention)
         if attention.step in self.setting.steps:
             self._measure(attention, semantic)
-        if self.more_clusters is not None and attention.step == self.setting.steps[len(self.setting.steps) // 2]:
+        in_the_middle = attention.step == self.setting.steps[len(self.setting.steps) // 2]
+        if self.more_clusters is not None and in_the_middle:
             self.more_clusters.add(attention)
+        if self.routing is not None and in_the_middle:
+            self.routing.add(attention, semantic)
 
     def _measure(self, attention: Attention, semantic: Clustering) -> None:
         clusterings = {"svg2": semantic}
@@ -115,7 +120,7 @@ class Measurement:
     def next_video(self) -> None:
         """Centroids are dropped with the video, as in a compiled model; only the first one is studied more closely."""
         self._carried.clear()
-        self.reuse = self.more_clusters = None
+        self.reuse = self.more_clusters = self.routing = None
 
     def results(self) -> list[dict[str, Any]]:
         """One entry per layer and step: the means over prompts."""
@@ -129,7 +134,7 @@ def run(model: nn.Module, setting: Setting) -> tuple[list[dict[str, Any]], dict[
     """Measure everything: an entry per layer and step, and what belongs beside them in the JSON."""
     counts = default_cluster_counts(setting.size)
     measurement = Measurement(setting, counts)
-    reuse, more_clusters = measurement.reuse, measurement.more_clusters
+    reuse, more_clusters, routing = measurement.reuse, measurement.more_clusters, measurement.routing
     watched = range(setting.first_sparse_step, max(setting.steps) + 1)
     for seed, prompt in enumerate(setting.prompts):
         began = time.perf_counter()
@@ -150,6 +155,7 @@ def run(model: nn.Module, setting: Setting) -> tuple[list[dict[str, Any]], dict[
         "summary": summarise(results),
         "reuse": reuse.results() if reuse is not None else [],
         "more_clusters": more_clusters.results() if more_clusters is not None else [],
+        "routing": routing.results() if routing is not None else [],
     }
     return results, about
 

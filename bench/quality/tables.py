@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.common import BENCH, RESULTS
 
-__all__ = ["attention_tables", "cluster_count_table", "fill", "reuse_table", "video_table"]
+__all__ = ["attention_tables", "cluster_count_table", "fill", "reuse_table", "routing_table", "video_table"]
 
 PAGE = BENCH.parent / "docs" / "quality.md"
 RECALL_ROWS = {
@@ -76,6 +76,26 @@ def cluster_count_table(document: Mapping[str, Any]) -> str:
     return markdown(["query, key clusters", *(name.replace("%", " %") for name in what)], rows)
 
 
+ESTIMATES = {
+    "score": 'softmax mass (`routing="score"`)',
+    "squares": "sum of the squared errors of single keys (published)",
+    "error": 'squared sum of the keys\' errors (`routing="error"`)',
+    "oracle": "the same of every query, not of the centroid",
+}
+
+
+def routing_table(document: Mapping[str, Any]) -> str:
+    """Output error by what blocks are ranked with, and how far it lies below ranking by mass, in dB."""
+    columns = [name for name in document["routing"][0] if name.startswith("error at")]
+    by_mass = next(row for row in document["routing"] if row["ranked_by"] == "score")
+    rows = [
+        [ESTIMATES[row["ranked_by"]]]
+        + [f"{row[name]:.3f} ({20 * np.log10(by_mass[name] / row[name]):+.1f} dB)" for name in columns]
+        for row in document["routing"]
+    ]
+    return markdown(["blocks ranked by", *(name.replace("%", " %") for name in columns)], rows)
+
+
 def video_table(document: Mapping[str, Any]) -> str:
     """PSNR, SSIM and speed of every method at every budget, and of the selections by mass."""
     rows = [
@@ -114,6 +134,7 @@ def main() -> None:
     page = fill(options.page.read_text(), "attention", attention_tables(document))
     page = fill(page, "clusters", cluster_count_table(document))
     page = fill(page, "reuse", reuse_table(document))
+    page = fill(page, "routing", routing_table(document))
     video = json.loads((options.results / "quality_video.json").read_text())
     options.page.write_text(fill(page, "video", video_table(video)))
     print(options.page)

@@ -1,13 +1,14 @@
-"""EAR's error estimate, streamed over the keys (arXiv 2603.08982): never [query clusters, tokens] in memory.
+"""The error of compensating a cluster, streamed over its keys: never [query clusters, tokens] in memory.
 
-e_ij = sum over keys t of cluster j of |exp(s q_i.k_t) v_t - exp(s q_i.k_j) v_j|^2. With r_t = exp(s q_i.(k_t - k_j))
-this is exp(2 s q_i.k_j) times the sum of r_t^2 |v_t|^2 - 2 r_t v_t.v_j + |v_j|^2: per key two scalars of its value,
-found once by ``_value_scalars``, and a matrix product of query centroids with keys. The sums carry a running maximum of
-the exponents, as online softmax does.
+e_ij = |sum over keys t of cluster j of (exp(s q_i.k_t) - exp(s q_i.k_j)) (v_t - o_i)|^2, o_i being the output of q_i if
+every cluster is compensated. With d_t = s q_i.(k_t - k_j) the weights are exp(s q_i.k_j) (exp(d_t) - 1), and the
+sum is that of weight times v_t - v_j, plus the weights' sum times v_j - o_i: two matrix products of small numbers,
+as in attention, with a running maximum of the exponents.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,57 +21,45 @@ from svg2_compile.kernels.triton.primitives import LN_2, LOG2_E, head_base, kv_g
 
 __all__ = ["ErrorInputs", "error_inputs", "log_errors"]
 
-QUERIES_PER_PROGRAM = 64
-KEYS_PER_STEP = 64
+
+def _launch_config(block_d: int, precision: str) -> dict[str, int]:
+    """Tile and warps for rows ``block_d`` wide: results and what loads ahead stay in registers and in 99 KiB of shared
+    memory. Without tensor cores ("ieee") the products need most registers."""
+    if precision == "ieee":
+        rows = 32 if block_d <= 128 else 16
+        return {"BLOCK_Q": rows, "BLOCK_K": rows, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_Q": 64 if block_d <= 128 else 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_clusters"])
-def _value_scalars(
-    value, v_centroids, offsets, squares, products, num_tokens, num_heads, num_clusters, v_b, v_h, v_n,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """|v_t|^2 and v_t.v_j for the keys t of one cluster j: float32 [groups, tokens] each."""
-    cluster, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    boundary = offsets + group * (num_clusters + 3) + cluster
-    begin, end = tl.load(boundary), tl.load(boundary + 1)
-    value += head_base(group, num_heads, v_b, v_h)
-    column = tl.arange(0, BLOCK_D)
-    mean = tl.load(v_centroids + (group * num_clusters + cluster) * WIDTH + column, mask=column < WIDTH, other=0.0)
-    for first in range(begin, end, ROWS):
-        row = first + tl.arange(0, ROWS)
-        present = row < end
-        rows = load_rows(value, row, present, v_n, WIDTH, BLOCK_D).to(tl.float32)
-        tl.store(squares + group * num_tokens + row, tl.sum(rows * rows, 1), mask=present)
-        tl.store(products + group * num_tokens + row, tl.sum(rows * mean[None, :], 1), mask=present)
-
-
-@triton.jit(do_not_specialize=["first_group", "num_tokens", "num_q_clusters", "num_k_clusters"])
+@triton.jit(do_not_specialize=["first_group", "num_q_clusters", "num_k_clusters"])
 def _log_errors(
-    key, squares, products, offsets, q_centroids, v_centroids, logits, log_error,
-    scale_log2, first_group, num_tokens, num_q_heads, num_kv_heads, num_q_clusters, num_k_clusters, k_b, k_h, k_n,
+    key, value, offsets, q_centroids, v_centroids, outputs, logits, log_error,
+    scale_log2, first_group, num_q_heads, num_kv_heads, num_q_clusters, num_k_clusters,
+    k_b, k_h, k_n, v_b, v_h, v_n,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ln e_ij of a tile of query clusters and one key cluster; -inf for an empty one."""
     cluster, tile = tl.program_id(0), tl.program_id(1)
     group = tl.program_id(2) + first_group
-    kv_group = kv_group_of(group, num_q_heads, num_kv_heads)
+    kv_group = kv_group_of(group, num_q_heads, num_kv_heads).to(tl.int64)
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_row = row < num_q_clusters
     centroids = q_centroids + group.to(tl.int64) * num_q_clusters * WIDTH
     query = load_rows(centroids, row, is_row, WIDTH, WIDTH, BLOCK_D)
-    line = (tl.program_id(2).to(tl.int64) * num_q_clusters + row) * num_k_clusters + cluster
-    mean_logit = tl.load(logits + line, mask=is_row, other=0.0) * scale_log2
+    line = tl.program_id(2).to(tl.int64) * num_q_clusters + row
+    mean_logit = tl.load(logits + line * num_k_clusters + cluster, mask=is_row, other=0.0) * scale_log2
+    column = tl.arange(0, BLOCK_DV)
+    place = (kv_group * num_k_clusters + cluster) * VALUE_WIDTH + column
+    mean = tl.load(v_centroids + place, mask=column < VALUE_WIDTH, other=0.0)
 
-    kv_group = kv_group.to(tl.int64)
     boundary = offsets + kv_group * (num_k_clusters + 3) + cluster
     begin, end = tl.load(boundary), tl.load(boundary + 1)
     key += head_base(kv_group, num_kv_heads, k_b, k_h)
-    squares += kv_group * num_tokens
-    products += kv_group * num_tokens
+    value += head_base(kv_group, num_kv_heads, v_b, v_h)
     largest = tl.zeros([BLOCK_Q], tl.float32)  # of the exponents, in powers of two; that of the centroid itself is 0
-    square_sum = tl.zeros([BLOCK_Q], tl.float32)
-    product_sum = tl.zeros([BLOCK_Q], tl.float32)
+    weight_sum = tl.zeros([BLOCK_Q], tl.float32)
+    error = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     for first in range(begin, end, BLOCK_K):
         token = first + tl.arange(0, BLOCK_K)
         present = token < end
@@ -78,71 +67,72 @@ def _log_errors(
         exponent = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale_log2 - mean_logit[:, None]
         exponent = tl.where(present[None, :], exponent, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(exponent, 1))
-        ratio = tl.exp2(exponent - new_largest[:, None])
+        weight = tl.exp2(exponent - new_largest[:, None]) - tl.exp2(-new_largest)[:, None]
+        weight = tl.where(present[None, :], weight, 0.0)
         shrink = tl.exp2(largest - new_largest)
-        square = tl.load(squares + token, mask=present, other=0.0)
-        product = tl.load(products + token, mask=present, other=0.0)
-        square_sum = square_sum * shrink * shrink + tl.sum(ratio * ratio * square[None, :], 1)
-        product_sum = product_sum * shrink + tl.sum(ratio * product[None, :], 1)
+        spread = load_rows(value, token, present, v_n, VALUE_WIDTH, BLOCK_DV).to(tl.float32) - mean[None, :]
+        error = error * shrink[:, None] + tl.dot(weight, spread, input_precision=PRECISION)
+        weight_sum = weight_sum * shrink + tl.sum(weight, 1)
         largest = new_largest
-    column = tl.arange(0, BLOCK_DV)
-    place = (kv_group * num_k_clusters + cluster) * VALUE_WIDTH + column
-    mean = tl.load(v_centroids + place, mask=column < VALUE_WIDTH, other=0.0)
-    mean_ratio = tl.exp2(-largest)
-    mean_sum = (end - begin).to(tl.float32) * tl.sum(mean * mean, 0) * mean_ratio * mean_ratio
-    total = square_sum - 2.0 * mean_ratio * product_sum + mean_sum
-    # Rounding can leave a small negative number; NaN must stay NaN.
-    total = tl.where(total < 0.0, 0.0, total)
-    tl.store(log_error + line, tl.log(total) + 2.0 * LN_2 * (largest + mean_logit), mask=is_row)
+    output = load_rows(outputs + tl.program_id(2).to(tl.int64) * num_q_clusters * VALUE_WIDTH,
+                       row, is_row, VALUE_WIDTH, VALUE_WIDTH, BLOCK_DV)  # fmt: skip
+    error += weight_sum[:, None] * (mean[None, :] - output)
+    total = tl.log(tl.sum(error * error, 1)) + 2.0 * LN_2 * (largest + mean_logit)
+    tl.store(log_error + line * num_k_clusters + cluster, total, mask=is_row)
 
 
 class ErrorInputs(NamedTuple):
-    """What the estimate reads for all heads. key [B, Hkv, Nk, D] permuted; k_offsets int32 [B, Hkv, Ck + 3];
-    v_centroids float32 [B, Hkv, Ck, Dv]; squares |v_t|^2 and products v_t.v_j float32 [B, Hkv, Nk]."""
+    """What the estimate reads for all heads. Permuted key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv], dense in their
+    last dimension; k_offsets int32 [B, Hkv, Ck + 3] and k_sizes int32 [B, Hkv, Ck]; v_centroids float32
+    [B, Hkv, Ck, Dv]."""
 
     key: Tensor
+    value: Tensor
     k_offsets: Tensor
+    k_sizes: Tensor
     v_centroids: Tensor
-    squares: Tensor
-    products: Tensor
 
 
 def error_inputs(key: Tensor, value: Tensor, k_offsets: Tensor, v_centroids: Tensor) -> ErrorInputs:
-    """Reads every value once; permuted value [B, Hkv, Nk, Dv]."""
-    batch, kv_heads, num_tokens, value_width = value.shape
-    require_head_dim("select_blocks_by_error", key.shape[3], value_width)
-    key, value = rows_dense(key), rows_dense(value)
-    k_offsets, v_centroids = k_offsets.contiguous(), v_centroids.contiguous()
-    num_clusters = v_centroids.shape[2]
-    squares = key.new_zeros((batch, kv_heads, num_tokens), dtype=torch.float32)
-    products = torch.zeros_like(squares)
-    if squares.numel() > 0:
-        with device_of(value):
-            _value_scalars[num_clusters, batch * kv_heads](
-                *(value, v_centroids, k_offsets, squares, products, num_tokens, kv_heads, num_clusters),
-                *row_strides(value),
-                **{"ROWS": 32, "WIDTH": value_width, "BLOCK_D": padded(value_width), "num_warps": 4},
-            )
-    return ErrorInputs(key, k_offsets, v_centroids, squares, products)
+    """The arguments in the layout that the kernel reads."""
+    require_head_dim("select_blocks_by_error", key.shape[3], value.shape[3])
+    k_sizes = k_offsets.diff(dim=-1).narrow(-1, 0, v_centroids.shape[2])
+    return ErrorInputs(rows_dense(key), rows_dense(value), k_offsets.contiguous(), k_sizes, v_centroids.contiguous())
 
 
 def log_errors(inputs: ErrorInputs, q_centroids: Tensor, logits: Tensor, scale: float, groups: slice) -> Tensor:
     """ln e_ij float32 [groups, Cq, Ck] for some (batch, query head) groups; logits float32 [groups, Cq, Ck] are
     q_i.k_j, not scaled."""
-    _, kv_heads, num_tokens, width = inputs.key.shape
+    _, kv_heads, _, width = inputs.key.shape
     q_heads, num_q_clusters = q_centroids.shape[1:3]
     num_k_clusters, value_width = inputs.v_centroids.shape[2:]
     log_error = torch.empty_like(logits)
-    # bfloat16 and float16 keys are exact in TF32; only the query centroid is rounded, to 2^-11.
+    # bfloat16 and float16 keys are exact in TF32; query centroids and weights are rounded, to 2^-11.
     precision = "tf32" if inputs.key.dtype != torch.float32 and torch.version.hip is None else "ieee"
-    grid = (num_k_clusters, triton.cdiv(num_q_clusters, QUERIES_PER_PROGRAM), groups.stop - groups.start)
+    block_d, block_dv = padded(width), padded(value_width)
+    config = _launch_config(max(block_d, block_dv), precision)
+    grid = (num_k_clusters, triton.cdiv(num_q_clusters, config["BLOCK_Q"]), groups.stop - groups.start)
+    outputs = _compensated_outputs(inputs, logits, scale, groups, q_heads // kv_heads)
     with device_of(logits):
         _log_errors[grid](
-            *(inputs.key, inputs.squares, inputs.products, inputs.k_offsets, q_centroids.contiguous()),
-            *(inputs.v_centroids, logits, log_error, scale * LOG2_E.value, groups.start, num_tokens),
-            *(q_heads, kv_heads, num_q_clusters, num_k_clusters, *row_strides(inputs.key)),
-            **{"WIDTH": width, "BLOCK_D": padded(width), "VALUE_WIDTH": value_width},
-            **{"BLOCK_DV": padded(value_width), "BLOCK_Q": QUERIES_PER_PROGRAM, "BLOCK_K": KEYS_PER_STEP},
-            **{"PRECISION": precision, "num_warps": 4},
+            *(inputs.key, inputs.value, inputs.k_offsets, q_centroids.contiguous(), inputs.v_centroids),
+            *(outputs, logits, log_error, scale * LOG2_E.value, groups.start),
+            *(q_heads, kv_heads, num_q_clusters, num_k_clusters),
+            *(*row_strides(inputs.key), *row_strides(inputs.value)),
+            **{"WIDTH": width, "BLOCK_D": block_d, "VALUE_WIDTH": value_width, "BLOCK_DV": block_dv},
+            **{"PRECISION": precision, **config},
         )
     return log_error
+
+
+def _compensated_outputs(inputs: ErrorInputs, logits: Tensor, scale: float, groups: slice, sharing: int) -> Tensor:
+    """o_i, what a query centroid gets if every cluster is compensated: float32 [groups, Cq, Dv]."""
+
+    def of_groups(x: Tensor) -> Tensor:
+        x = x if sharing == 1 else x.repeat_interleave(sharing, dim=1)
+        return x.flatten(0, 1).narrow(0, groups.start, groups.stop - groups.start)
+
+    sizes = of_groups(inputs.k_sizes).unsqueeze(1)
+    # An empty cluster's centroid may be anything.
+    log_mass = (logits * scale + sizes.log()).masked_fill(sizes == 0, -math.inf)
+    return torch.softmax(log_mass, dim=-1) @ of_groups(inputs.v_centroids)

@@ -126,7 +126,7 @@ def _select(
     block = triton.next_power_of_2(num_k_clusters + 2)
     k_sizes = k_sizes.contiguous()
     with device_of(q_centroids):
-        matrices = 1 if inputs is None else 2
+        matrices = 1 if inputs is None else 5  # logits, errors, and what a softmax needs
         for groups in _chunks(num_groups, matrices * 4 * num_q_clusters * num_k_clusters):
             logits = q_centroids if everything else _logits(q_centroids, k_centroids, groups)
             error = logits

@@ -156,14 +156,16 @@ def test_selection_by_error_ranks_by_the_exact_error_per_key() -> None:
     )
     bounds = k_offsets[0, 0].tolist()
     for i in range(6):
+        at_mean = [math.exp(0.7 * float(q_mean[0, 0, i] @ k_mean[0, 0, j])) for j in range(4)]
+        mass = [(bounds[j + 1] - bounds[j]) * at_mean[j] for j in range(4)]
+        output = sum((mass[j] * v_mean[0, 0, j] for j in range(4)), torch.zeros(2)) / sum(mass)
         error_per_key = []
         for j in range(4):
-            total = 0.0
+            total = torch.zeros(2)
             for t in range(bounds[j], bounds[j + 1]):
-                exact = math.exp(0.7 * float(q_mean[0, 0, i] @ key[0, 0, t])) * value[0, 0, t]
-                approximate = math.exp(0.7 * float(q_mean[0, 0, i] @ k_mean[0, 0, j])) * v_mean[0, 0, j]
-                total += float((exact - approximate).square().sum())
-            error_per_key.append(total / (bounds[j + 1] - bounds[j]))
+                exact = math.exp(0.7 * float(q_mean[0, 0, i] @ key[0, 0, t]))
+                total += (exact - at_mean[j]) * (value[0, 0, t] - output)
+            error_per_key.append(float(total.square().sum()) / (bounds[j + 1] - bounds[j]))
         budget, expected = 0.4 * 40, [False] * 4
         for j in sorted(range(4), key=lambda cluster: -error_per_key[cluster]):
             if budget <= 0:

@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="Triton is on PyPI for Linux only")
 
 from svg2_compile.kernels.autotune import rehearsed_launch
 from svg2_compile.kernels.defaults import default_config, imagined_capability
-from svg2_compile.kernels.triton.rehearsal import TARGETS, compile_launch, resource_problem
+from svg2_compile.kernels.triton.error import error_inputs, log_errors
+from svg2_compile.kernels.triton.rehearsal import TARGETS, compile_launch, record_launches, resource_problem
 from svg2_compile.kernels.workloads import Workload
 
 CUDA = torch.device("cuda")
@@ -60,6 +61,25 @@ def test_amd_compiles(kernel: str, head_dim: int) -> None:
     resources = compile_launch(launch_for(kernel, torch.bfloat16, head_dim, "gfx942"), TARGETS["gfx942"])
     assert resources.matrix_instructions > 0
     assert resource_problem(resources, TARGETS["gfx942"]) is None
+
+
+@pytest.mark.parametrize("target", CAPABILITIES)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_error_estimate_stays_in_registers_and_fits_small_gpus(
+    dtype: torch.dtype, head_dim: int, target: str
+) -> None:
+    with record_launches(CAPABILITIES[target]) as (_, launches):
+        tokens = torch.empty(1, 2, 1000, head_dim, dtype=dtype, device="cuda")
+        offsets = torch.empty(1, 2, 103, dtype=torch.int32, device="cuda")
+        v_centroids = torch.empty(1, 2, 100, head_dim, device="cuda")
+        q_centroids, logits = torch.empty(1, 2, 70, head_dim, device="cuda"), torch.empty(2, 70, 100, device="cuda")
+        log_errors(error_inputs(tokens, tokens, offsets, v_centroids), q_centroids, logits, 0.1, slice(0, 2))
+    resources = compile_launch(launches[0], TARGETS[target])
+    assert resource_problem(resources, TARGETS[target]) is None
+    assert (resources.loop_spills or 0) == 0
+    assert resources.shared_bytes <= 99 * 1024  # sm_86 and sm_89
+    assert (resources.matrix_instructions > 0) == (dtype == torch.bfloat16)
 
 
 def test_a_configuration_that_cannot_work_is_told_apart() -> None:
