@@ -64,7 +64,7 @@ class Svg2Config:
     num_q_clusters: int | None = None
     num_k_clusters: int | None = None
     init_iters: int = 10
-    step_iters: int = 2
+    step_iters: int = 1
     dense_steps: int | float = 0.2
     dense_layers: int | float = 0.03
     min_tokens: int | str = "auto"

@@ -20,7 +20,7 @@ from svg2_compile.presets import VARIANTS, load_preset, load_presets
 def test_defaults_are_the_published_ones() -> None:
     config = Svg2Config.from_options(None)
     assert config == Svg2Config() == Svg2Config.from_options({})
-    assert (config.top_p, config.min_k_ratio, config.init_iters, config.step_iters) == (0.9, 0.1, 10, 2)
+    assert (config.top_p, config.min_k_ratio, config.init_iters, config.step_iters) == (0.9, 0.1, 10, 1)
     assert (config.dense_steps, config.dense_layers, config.min_tokens) == (0.2, 0.03, "auto")
     assert config.num_q_clusters is None
     assert config.num_k_clusters is None
