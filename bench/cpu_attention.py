@@ -4,8 +4,8 @@
     python -m bench.cpu_attention --quick    one small shape per dtype, nothing written
 
 Dense is scaled_dot_product_attention on the same query, key and value. "attention" is svg2::block_sparse_attention
-alone; "everything" adds k-means (two iterations from warm centroids, for queries and for keys), selection, ordering,
-permutation and un-permutation. Both as SVG2 publishes them and with the default compensation and error routing. A shape
+alone; "everything" adds k-means (a step's default iterations, from warm centroids), selection, ordering, permutation
+and un-permutation. Both as SVG2 publishes them and with the default compensation and error routing. A shape
 is timed only after its results were compared with exact attention.
 """
 

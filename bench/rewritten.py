@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from bench.shape import Shape
+from svg2_compile.config import Svg2Config
 from svg2_compile.kernels import ops
 
 __all__ = ["Inputs", "Rewritten", "Settings", "make_inputs"]
 
-WARM_ITERS = 2  # k-means iterations of every denoising step but the first
-FIRST_ITERS = 10  # enough for centroids that later iterations hardly move
+WARM_ITERS = Svg2Config().step_iters  # k-means iterations of every denoising step but the first
+FIRST_ITERS = Svg2Config().init_iters
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 "score" knows the softmax mass only. "squares" is the published estimate (SVG-EAR, arXiv 2603.08982): for the query
 cluster's centroid, the sum over a cluster's keys of the squared error that each makes alone. Within a cluster these
 errors largely cancel, since the centroid is the keys' mean: "error", what this package does, squares their sum.
-"oracle" knows it for every query instead of the centroid.
+"oracle" knows it for a sample of the real queries instead of the centroid.
 """
 
 from __future__ import annotations
