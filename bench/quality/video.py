@@ -56,9 +56,11 @@ class Setting:
     guidance: float
     dense_steps: float = 0.2
     dense_layers: float = 0.03
+    num_q_clusters: int | None = None
 
     def options(self) -> dict[str, Any]:
         return {
+            "num_q_clusters": self.num_q_clusters,
             "dense_steps": self.dense_steps,
             "dense_layers": self.dense_layers,
             "min_tokens": 0,
@@ -191,10 +193,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD", help=", ".join(names))
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES, metavar="DENSITY")
     parser.add_argument("--top-p", type=float, nargs="*", default=TOP_P, metavar="TOP_P")
+    parser.add_argument("--query-clusters", type=int, metavar="N", help="not the default number of query clusters")
     parser.add_argument("--processes", type=int, default=1, help="points that are measured at once (default 1)")
+    parser.add_argument("--out", default="quality_video", help="name of the result file in bench/results")
     arguments = parser.parse_args()
     size = VideoSize(8, 32, 32) if arguments.quick else arguments.size
-    setting = Setting(size, 6 if arguments.quick else arguments.steps, arguments.guidance)
+    steps = 6 if arguments.quick else arguments.steps
+    setting = Setting(size, steps, arguments.guidance, num_q_clusters=arguments.query_clusters)
     count = 1 if arguments.quick else arguments.videos
     jobs = [(PROMPTS[index % len(PROMPTS)], 100 + index) for index in range(count)]
     methods = [method for method in METHODS if method.name in arguments.methods]
@@ -204,10 +209,11 @@ def main() -> None:
         described = {"frames": size.frames, "height": size.height, "width": size.width, "tokens": size.tokens}
         print(
             write_results(
-                "quality_video",
+                arguments.out,
                 rows,
                 **{**described, "steps": setting.steps, "guidance": setting.guidance},
                 **{"dense_steps": setting.dense_steps, "dense_layers": setting.dense_layers, "gate_error": error},
+                num_q_clusters=setting.num_q_clusters or "default",
                 jobs=jobs,
                 processes=arguments.processes,
             )
