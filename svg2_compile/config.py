@@ -20,18 +20,24 @@ if TYPE_CHECKING:
 
 __all__ = ["ConfigError", "Svg2Config", "package_version"]
 
+DEFAULT_TOP_P = 0.9
+DEFAULT_DENSITY = 0.25
+
 
 @dataclass(frozen=True)
 class Svg2Config:
     """The settings of one compiled model. Frozen and hashable; equal settings are equal values.
 
     Defaults are those of the SVG2 scripts where these are published (Sparse VideoGen2, arXiv 2505.18875), except
-    compensation, routing, the cluster counts and init_iters, which follow measurements (docs/quality.md).
+    compensation, routing, density, the cluster counts and k-means iterations, which follow measurements
+    (docs/quality.md).
 
     Attributes:
         preset: the preset these settings started from ("name:variant"); only :meth:`from_options` applies one.
-        top_p: softmax mass, estimated on centroids, that the selected key clusters of a query cluster reach. [0, 1].
-        density: fixed budget instead of top_p: the fraction of keys that each query cluster attends to. (0, 1] or None.
+        top_p: softmax mass, estimated on centroids, that the selected key clusters of a query cluster reach. [0, 1];
+            None is 0.9, where top_p decides.
+        density: fixed budget instead of top_p: the fraction of keys that each query cluster attends to. (0, 1], or None
+            for top_p. "auto" is 0.25 with compensation, unless top_p is given, and None without.
         min_k_ratio: fraction of the key clusters that is selected at the least. [0, 1].
         num_q_clusters, num_k_clusters: clusters per head; None derives them from the number of video tokens.
         init_iters: k-means iterations where an attention has no centroids yet (once per video, guidance branch and
@@ -58,8 +64,8 @@ class Svg2Config:
     """
 
     preset: str | None = None
-    top_p: float = 0.9
-    density: float | None = None
+    top_p: float | None = None
+    density: float | str | None = "auto"
     min_k_ratio: float = 0.1
     num_q_clusters: int | None = None
     num_k_clusters: int | None = None
@@ -152,9 +158,18 @@ class Svg2Config:
 
         return SparsityPolicy(**self._only(SparsityPolicy))
 
+    def selection(self) -> tuple[float, float | None]:
+        """top_p and density as they take effect; a density of None leaves the decision to top_p."""
+        density = None if isinstance(self.density, str) else self.density
+        if self.density == "auto" and self.top_p is None and self.compensation == "centroid":
+            density = DEFAULT_DENSITY
+        return DEFAULT_TOP_P if self.top_p is None else self.top_p, density
+
     def _only(self, policy: type) -> dict[str, Any]:
         """The settings that a policy, a dataclass of the passes, has fields for."""
-        return {item.name: getattr(self, item.name) for item in fields(policy)}
+        top_p, density = self.selection()
+        values = {**self.to_dict(), "top_p": top_p, "density": density}
+        return {item.name: values[item.name] for item in fields(policy)}
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as a plain scalar, ready for JSON and for :meth:`from_options`."""

@@ -79,8 +79,8 @@ _COUNT_OR_FRACTION = Spec(("int", "float"), excluded=(1.0,))
 
 SPECS: Mapping[str, Spec] = {
     "preset": Spec(("str",), optional=True),
-    "top_p": Spec(("float",)),
-    "density": Spec(("float",), excluded=(0.0,), optional=True),
+    "top_p": Spec(("float",), optional=True),
+    "density": Spec(("float", "str"), excluded=(0.0,), choices=("auto",), optional=True),
     "min_k_ratio": Spec(("float",)),
     "num_q_clusters": Spec(("int",), int_min=1, optional=True),
     "num_k_clusters": Spec(("int",), int_min=1, optional=True),

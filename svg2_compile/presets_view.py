@@ -49,7 +49,7 @@ def overview(presets: Sequence[Preset]) -> Table:
         table.add_row(
             preset.name,
             _status(preset),
-            f"{config.top_p:.2f}",
+            f"{config.selection()[0]:.2f}",
             _clusters(config),
             f"{_amount(config.dense_steps)} {_amount(config.dense_layers)}",
             {"none": "-", "centroid": "centroid"}[config.compensation],

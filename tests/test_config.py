@@ -17,13 +17,42 @@ from svg2_compile.options import ALIASES, SPECS, parse_value
 from svg2_compile.presets import VARIANTS, load_preset, load_presets
 
 
-def test_defaults_are_the_published_ones() -> None:
+def test_defaults_are_the_documented_ones() -> None:
     config = Svg2Config.from_options(None)
     assert config == Svg2Config() == Svg2Config.from_options({})
-    assert (config.top_p, config.min_k_ratio, config.init_iters, config.step_iters) == (0.9, 0.1, 10, 1)
+    assert (config.selection(), config.min_k_ratio) == ((0.9, 0.25), 0.1)
+    assert (config.init_iters, config.step_iters) == (10, 1)
     assert (config.dense_steps, config.dense_layers, config.min_tokens) == (0.2, 0.03, "auto")
     assert config.num_q_clusters is None
     assert config.num_k_clusters is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_p": 0.8}, (0.8, None)),
+        ({"top_p": 0.8, "density": 0.1}, (0.8, 0.1)),
+        ({"density": None}, (0.9, None)),
+        ({"density": "0.4"}, (0.9, 0.4)),
+        ({"compensation": "none"}, (0.9, None)),
+        ({"compensation": "none", "density": 0.3}, (0.9, 0.3)),
+        ({"preset": "wan2.2-14b-720p:quality"}, (0.85, None)),
+        ({"preset": "wan2.2-14b-720p:quality", "density": 0.2}, (0.85, 0.2)),
+    ],
+)
+def test_a_mass_or_a_budget_decides(options: dict[str, Any], expected: tuple[float, float | None]) -> None:
+    config = Svg2Config.from_options(options)
+    assert config.selection() == expected
+    policy = config.sparsity_policy()
+    assert (policy.top_p, policy.density) == expected == (config.site_policy().top_p, config.site_policy().density)
+    assert Svg2Config.from_options(config.to_dict()).selection() == expected
+
+
+def test_changes_take_the_default_selection_along() -> None:
+    assert Svg2Config().replace(top_p=0.5).selection() == (0.5, None)
+    assert Svg2Config(top_p=0.5).replace(compensation="none").selection() == (0.5, None)
+    assert Svg2Config().replace(compensation="none").selection() == (0.9, None)
+    assert Svg2Config(compensation="none").replace(compensation="centroid").selection() == (0.9, 0.25)
 
 
 def test_every_field_has_a_spec_and_the_other_way_round() -> None:
@@ -44,7 +73,9 @@ def test_frozen_and_hashable() -> None:
     [
         ("top_p", "0.75", 0.75),
         ("top_p", 1, 1.0),
+        ("top_p", None, None),
         ("density", "none", None),
+        ("density", "AUTO", "auto"),
         ("density", "0.25", 0.25),
         ("num_q_clusters", "300", 300),
         ("num_k_clusters", "None", None),
@@ -76,8 +107,8 @@ def test_values_and_strings(name: str, given_value: Any, expected: Any) -> None:
         ("top_p", float("nan")),
         ("top_p", "much"),
         ("top_p", True),
-        ("top_p", None),
         ("density", 0),
+        ("density", "some"),
         ("density", 1.01),
         ("min_k_ratio", 2),
         ("num_q_clusters", 0),
@@ -245,7 +276,8 @@ class TestPresets:
         assert preset.status in ("published", "untested")
         assert preset.source
         # Quality falls and speed rises along the variants.
-        top_p = [Svg2Config.from_options({"preset": f"{preset.model}:{variant}"}).top_p for variant in VARIANTS]
+        variants = [Svg2Config.from_options({"preset": f"{preset.model}:{variant}"}) for variant in VARIANTS]
+        top_p = [variant.selection()[0] for variant in variants]
         assert top_p == sorted(top_p, reverse=True)
 
     def test_published_settings(self) -> None:

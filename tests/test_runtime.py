@@ -184,7 +184,7 @@ def test_report_after_a_run(tmp_path):
     report = svg2_compile.report(module)
     assert report.density_per_step()[0] == 1.0
     assert 0 < report.density_per_step()[1] < 1 and 0 < report.mean_density < 1
-    assert [(run.iters, run.seeded) for run in report.runs[::2]] == [(0, False), (3, False), (2, True)]
+    assert [(run.iters, run.seeded) for run in report.runs[::2]] == [(0, False), (3, False), (1, True)]
     report.to_jsonl(tmp_path / "run.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["site"] * 4 + ["run"] * 6

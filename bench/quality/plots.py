@@ -38,7 +38,7 @@ def oracle_note(document: Mapping[str, Any]) -> str:
 def _about(document: Mapping[str, Any]) -> str:
     return (
         f"small trained model, {document['tokens']:,} tokens, {document['num_q_clusters']} query and "
-        f"{document['num_k_clusters']} key clusters; {oracle_note(document)}"
+        f"{document['num_k_clusters']} key clusters\n{oracle_note(document)}"
     )
 
 
@@ -59,7 +59,8 @@ def plot_recall(document: Mapping[str, Any], folder: Path = IMAGES) -> Path:
     curves.plot([], [], ":", color="0.3", label="dotted: the best of the same blocks")
     curves.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="blocks at random")
     finish(curves, "density", "attention recall", "Recall, mean over layers and steps", "xy")
-    curves.set(xlim=(0, 0.55), ylim=(0, 1.1))
+    curves.set(xlim=(0, 0.55), ylim=(0, 1.3))  # room for the legend
+    curves.set_yticks(np.linspace(0, 1, 6))
     curves.legend(fontsize=7.5, loc="upper left", ncols=2)
     _plot_concentration(concentration, document["results"])
     _plot_layers(layers, document["summary"])
@@ -93,7 +94,8 @@ def _plot_layers(axes: Any, summary: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(places, values, "-", marker=MARKERS[name] or ".", color=COLOURS[name], label=label, markersize=6)
     axes.axhline(0.25, color="0.7", linewidth=1)
     finish(axes, "layer", "attention recall", "Recall at 25 % density, layer by layer", "y")
-    axes.set(ylim=(0, 1.1))
+    axes.set(ylim=(0, 1.2))
+    axes.set_yticks(np.linspace(0, 1, 6))
     axes.set_xticks(places)
     axes.legend(fontsize=7.5, loc="upper right", ncols=2)
 

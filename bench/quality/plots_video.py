@@ -59,6 +59,11 @@ def _plot_video_curves(
         if by_mass:
             style = {"color": COLOURS[name], "linestyle": LINES[treatment], "marker": "x", "linewidth": 0.8}
             axes.plot([row[across] for row in by_mass], [row[what] for row in by_mass], **style)
+            for row in by_mass:
+                text = {"text": f"{method}, top_p {row['top_p']}", "xy": (row[across], row[what])}
+                # towards the curves: a mass takes more pairs, and more time, than the budgets shown
+                side = {"xytext": (4, -11), "ha": "right"} if across == "density" else {"xytext": (-4, -11)}
+                axes.annotate(**text, **side, textcoords="offset points", fontsize=7)
         x, y = np.array([row[across] for row in chosen]), np.array([row[what] for row in chosen])
         axes.plot(x, y, LINES[treatment], color=COLOURS[name], marker=MARKERS[name], markersize=5)
         if deviation is not None and method == "svg2+comp+ear":

@@ -122,7 +122,7 @@ def test_tables_are_filled_and_filled_again() -> None:
     counts = {"more_clusters": [{**count, **dict.fromkeys(names, 0.25)}]}
     assert tables.cluster_count_table(counts).endswith("| 16, 54 | " + " | ".join(["0.250"] * 8) + " |")
     errors = [{"ranked_by": name, "error at 25%": value} for name, value in (("score", 0.2), ("oracle", 0.1))]
-    assert tables.routing_table({"routing": errors}).endswith("of the queries themselves | 0.100 (+6.0 dB) |")
+    assert tables.routing_table({"routing": errors}).endswith("not of the centroids | 0.100 (+6.0 dB) |")
     size = {"frames": 8, "height": 32, "width": 32, "tokens": 512, "steps": 20, "jobs": [["one", 1], ["two", 2]]}
     video = tables.video_table({**size, "results": made_up_rows()})
     assert video.startswith("2 videos of 8x32x32 pixels, 512 tokens, 20 steps") and video.count("dB") == 1
