@@ -161,7 +161,7 @@ def _log_errors(
 def _tiles_of_clusters(k_sizes: Tensor, tokens_per_tile: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Clusters of like size together: their indices [c], the tokens of each [c, longest], and which of those are its
     own, bool [c, longest, 1]. Empty clusters are in no tile; one of more tokens than a tile's has a tile to itself."""
-    ends = k_sizes.cumsum(dim=0)
+    starts = k_sizes.cumsum(dim=0) - k_sizes
     order = torch.argsort(k_sizes, descending=True, stable=True)
     sizes = k_sizes[order].tolist()
     first = 0
@@ -174,6 +174,6 @@ def _tiles_of_clusters(k_sizes: Tensor, tokens_per_tile: int) -> Iterator[tuple[
         clusters = order[first:last]
         place = torch.arange(longest)
         own = place < k_sizes[clusters].unsqueeze(1)
-        rows = torch.where(own, place, 0) + (ends - k_sizes)[clusters].unsqueeze(1)
+        rows = torch.where(own, place, 0) + starts[clusters].unsqueeze(1)
         yield clusters, rows, own.unsqueeze(-1)
         first = last

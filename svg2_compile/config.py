@@ -160,9 +160,9 @@ class Svg2Config:
 
     def selection(self) -> tuple[float, float | None]:
         """top_p and density as they take effect; a density of None leaves the decision to top_p."""
-        density = None if isinstance(self.density, str) else self.density
-        if self.density == "auto" and self.top_p is None and self.compensation == "centroid":
-            density = DEFAULT_DENSITY
+        density = self.density
+        if isinstance(density, str):  # "auto"
+            density = DEFAULT_DENSITY if self.top_p is None and self.compensation == "centroid" else None
         return DEFAULT_TOP_P if self.top_p is None else self.top_p, density
 
     def _only(self, policy: type) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from bench.quality.exact import block_mass, recall, sampled_rows
 from bench.quality.measure import VARIANTS, average, error_curves, interpolate
 from svg2_compile.config import Svg2Config
 
-__all__ = ["FACTORS", "CountStudy"]
+__all__ = ["DENSITIES", "FACTORS", "SHOWN", "CountStudy"]
 
 FACTORS = ((1 / 3, 1 / 4), (1 / 3, 1), (1, 1 / 4), (1, 1 / 2), (1, 1), (2, 1), (2, 2))
 """How many times the default number of query and of key clusters."""

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from bench.quality.capture import Attention
 from bench.quality.clusters import Budget, Clustering, SparseAttention
+from bench.quality.counts import DENSITIES, SHOWN
 from bench.quality.exact import best_blocks
 from bench.quality.measure import average, interpolate, relative_error
 
-__all__ = ["SHOWN", "RoutingStudy", "compensation_errors"]
+__all__ = ["RoutingStudy", "compensation_errors"]
 
-SHOWN = (0.10, 0.15, 0.25)
-DENSITIES = (0.05, 0.10, 0.15, 0.20, 0.25)  # budgets end with a whole block: values are interpolated below
 SAMPLED_QUERIES = 1024
 _CHUNK = 512
 
@@ -84,6 +83,7 @@ class RoutingStudy:
         """The published estimate of the centroids, and the error summed over sampled queries: [H, Cq, Ck] each."""
         query = sparse.clustering.query
         heads, num_tokens = attention.query.shape[1:3]
+        # At random: evenly spaced tokens share columns of the frame, and clusters without a sample would be guessed.
         generator = torch.Generator().manual_seed(0)
         rows = torch.randperm(num_tokens, generator=generator)[:SAMPLED_QUERIES]
         squares, oracle = [], []

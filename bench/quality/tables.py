@@ -29,6 +29,12 @@ RECALL_ROWS = {
     "raster": "raster",
 }
 COUNT_COLUMNS = ("recall", "svg2 error", "svg2+comp error", "svg2+comp+ear error")
+ESTIMATES = {
+    "score": 'softmax mass (`routing="score"`)',
+    "squares": "sum of the squared errors of single keys (published)",
+    "error": 'squared sum of the keys\' errors (`routing="error"`)',
+    "oracle": "the same of a sample of 1,024 queries, not of the centroids",
+}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -74,14 +80,6 @@ def cluster_count_table(document: Mapping[str, Any]) -> str:
         for row in document["more_clusters"]
     ]
     return markdown(["query, key clusters", *(name.replace("%", " %") for name in what)], rows)
-
-
-ESTIMATES = {
-    "score": 'softmax mass (`routing="score"`)',
-    "squares": "sum of the squared errors of single keys (published)",
-    "error": 'squared sum of the keys\' errors (`routing="error"`)',
-    "oracle": "the same of a sample of 1,024 queries, not of the centroids",
-}
 
 
 def routing_table(document: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.triton.launch import device_of, padded, require_head_dim, row_strides, rows_dense
+from svg2_compile.kernels.triton.launch import device_of, of_groups, padded, require_head_dim, row_strides, rows_dense
 from svg2_compile.kernels.triton.primitives import LN_2, LOG2_E, head_base, kv_group_of, load_rows
 
 __all__ = ["ErrorInputs", "error_inputs", "log_errors"]
@@ -127,12 +127,7 @@ def log_errors(inputs: ErrorInputs, q_centroids: Tensor, logits: Tensor, scale: 
 
 def _compensated_outputs(inputs: ErrorInputs, logits: Tensor, scale: float, groups: slice, sharing: int) -> Tensor:
     """o_i, what a query centroid gets if every cluster is compensated: float32 [groups, Cq, Dv]."""
-
-    def of_groups(x: Tensor) -> Tensor:
-        x = x if sharing == 1 else x.repeat_interleave(sharing, dim=1)
-        return x.flatten(0, 1).narrow(0, groups.start, groups.stop - groups.start)
-
-    sizes = of_groups(inputs.k_sizes).unsqueeze(1)
+    sizes = of_groups(inputs.k_sizes, groups, sharing).unsqueeze(1)
     # An empty cluster's centroid may be anything.
     log_mass = (logits * scale + sizes.log()).masked_fill(sizes == 0, -math.inf)
-    return torch.softmax(log_mass, dim=-1) @ of_groups(inputs.v_centroids)
+    return torch.softmax(log_mass, dim=-1) @ of_groups(inputs.v_centroids, groups, sharing)

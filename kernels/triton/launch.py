@@ -13,7 +13,16 @@ from torch import Tensor
 
 from svg2_compile.kernels.dispatch import IMPLEMENTATIONS
 
-__all__ = ["device_of", "num_processors", "padded", "rehearsal", "require_head_dim", "row_strides", "rows_dense"]
+__all__ = [
+    "device_of",
+    "num_processors",
+    "of_groups",
+    "padded",
+    "rehearsal",
+    "require_head_dim",
+    "row_strides",
+    "rows_dense",
+]
 
 # Processors of the imagined device while launches are only noted (rehearsal.py).
 _imagined_processors: ContextVar[int | None] = ContextVar("svg2_imagined_processors", default=None)
@@ -43,6 +52,12 @@ def rows_dense(tensor: Tensor) -> Tensor:
 def row_strides(tensor: Tensor) -> tuple[int, int, int]:
     """Strides of batch, head and token of [B, H, N, D], in elements."""
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def of_groups(tensor: Tensor, groups: slice, sharing: int = 1) -> Tensor:
+    """Some (batch, query head) groups of [B, H, ...], as [groups, ...]; ``sharing`` query heads read each of H."""
+    tensor = tensor if sharing == 1 else tensor.repeat_interleave(sharing, dim=1)
+    return tensor.flatten(0, 1).narrow(0, groups.start, groups.stop - groups.start)
 
 
 def require_head_dim(op: str, *widths: int) -> None:

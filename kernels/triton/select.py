@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.triton.error import ErrorInputs, error_inputs, log_errors
-from svg2_compile.kernels.triton.launch import device_of
+from svg2_compile.kernels.triton.launch import device_of, of_groups
 from svg2_compile.kernels.triton.primitives import keep_until, kv_group_of, sortable
 
 __all__ = ["select_blocks", "select_blocks_by_error"]
@@ -97,8 +97,7 @@ def _chunks(num_groups: int, bytes_per_group: int) -> list[slice]:
 def _logits(q_centroids: Tensor, k_centroids: Tensor, groups: slice) -> Tensor:
     """q_i.k_j of some (batch, query head) groups: float32 [groups, Cq, Ck]."""
     sharing = q_centroids.shape[1] // k_centroids.shape[1]
-    keys = k_centroids if sharing == 1 else k_centroids.repeat_interleave(sharing, dim=1)
-    queries, keys = (t.flatten(0, 1).narrow(0, groups.start, groups.stop - groups.start) for t in (q_centroids, keys))
+    queries, keys = of_groups(q_centroids, groups), of_groups(k_centroids, groups, sharing)
     return torch.matmul(queries, keys.transpose(-1, -2))
 
 
