@@ -28,5 +28,5 @@ class CountRule:
         return max(1, min(wanted, self.most, num_tokens // self.fewest_tokens))
 
 
-QUERY_CLUSTERS = CountRule(base=32, tokens_per_cluster=282, most=400, fewest_tokens=32)
+QUERY_CLUSTERS = CountRule(base=64, tokens_per_cluster=320, most=400, fewest_tokens=32)
 KEY_CLUSTERS = CountRule(base=200, tokens_per_cluster=94, most=1000, fewest_tokens=12)

@@ -94,11 +94,11 @@ def select_blocks_by_error(
     batch, num_q_heads, num_q_clusters, _ = q_centroids.shape
     num_kv_heads, num_k_clusters = k_centroids.shape[1:3]
     k_sizes = k_offsets.diff(dim=-1)[..., :num_k_clusters]
-    by_mass = _select_clusters(q_centroids, k_centroids, k_sizes, scale, top_p, min_k_ratio, density)
-    if bool(by_mass.all()):
-        return _add_context_and_null(by_mass)
-    sizes = _per_query_head(k_sizes, num_q_heads).unsqueeze(2).to(torch.float32).expand_as(by_mass)
-    if density is None:
+    sizes = _per_query_head(k_sizes, num_q_heads).unsqueeze(2).to(torch.float32).expand(-1, -1, num_q_clusters, -1)
+    if density is None or density >= 1:
+        by_mass = _select_clusters(q_centroids, k_centroids, k_sizes, scale, top_p, min_k_ratio, density)
+        if bool(by_mass.all()):
+            return _add_context_and_null(by_mass)
         budget = (sizes * by_mass).sum(dim=-1, keepdim=True)
     else:
         budget = density * sizes.sum(dim=-1, keepdim=True)

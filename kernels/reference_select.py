@@ -106,12 +106,13 @@ def select_blocks_by_error(
     """Largest compensation error per key first; see ``ops.select_blocks_by_error``."""
     num_clusters = k_centroids.shape[2]
     k_sizes = k_offsets.diff(dim=-1)[..., :num_clusters]
-    by_mass = select_clusters(q_centroids, k_centroids, k_sizes, scale, top_p, min_k_ratio, density, compute_dtype)
-    if bool(by_mass.all()):
-        return _with_context_and_null(by_mass)
     repeats = q_centroids.shape[1] // max(k_centroids.shape[1], 1)
-    sizes = k_sizes.repeat_interleave(repeats, dim=1).unsqueeze(2).to(compute_dtype).expand(by_mass.shape)
-    if density is None:
+    sizes = k_sizes.repeat_interleave(repeats, dim=1).unsqueeze(2).to(compute_dtype)
+    sizes = sizes.expand(-1, -1, q_centroids.shape[2], -1)
+    if density is None or density >= 1:
+        by_mass = select_clusters(q_centroids, k_centroids, k_sizes, scale, top_p, min_k_ratio, density, compute_dtype)
+        if bool(by_mass.all()):
+            return _with_context_and_null(by_mass)
         budget = (sizes * by_mass).sum(dim=-1, keepdim=True)
     else:
         budget = density * sizes.sum(dim=-1, keepdim=True)

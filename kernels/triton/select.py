@@ -63,10 +63,11 @@ def _select_rows(
         logit = tl.load(logits + line * num_k_clusters + column, mask=present, other=0.0) * scale
         filled = present & (size > 0)
         broken = filled & ~(tl.abs(logit) < float("inf"))
-        kept = _by_mass(logit, size, present, top_p, density, min_clusters, num_keys, FIXED_DENSITY)
         # A row with a non-finite logit keeps every cluster, so that NaN shows as in dense attention.
         everything = tl.max(broken.to(tl.int32), 0) != 0
-        kept = kept | (present & everything)
+        kept = present & everything
+        if not (BY_ERROR and FIXED_DENSITY):  # which need no mass
+            kept |= _by_mass(logit, size, present, top_p, density, min_clusters, num_keys, FIXED_DENSITY)
         if BY_ERROR:
             if FIXED_DENSITY:
                 budget = density * num_keys
