@@ -36,7 +36,7 @@ from svg2_compile.kernels import ops as _ops  # noqa: F401  (registers the svg2:
 from svg2_compile.passes.decide_sites import Site
 from svg2_compile.passes.fx_utils import SizeEmitter
 from svg2_compile.passes.graph_builder import GraphBuilder
-from svg2_compile.passes.key_padding import emit_valid
+from svg2_compile.passes.key_padding import emit_valid, emit_zero_padding
 
 __all__ = ["Clustering", "SparseSite", "SparsityPolicy", "sparsify"]
 
@@ -139,6 +139,8 @@ class _SiteRewriter:
             name="attended",
         )
         (out,) = build.unpack(attended, ["out"])
+        if self.site.key_padding is not None and self.site.key_padding.queries is not None:
+            out = emit_zero_padding(build, self.site.key_padding.queries, out)
         density = None
         if self.policy.collect_stats:
             density = build.call(_svg2.block_density.default, q_offsets, k_offsets, block_map, name="density")

@@ -33,7 +33,15 @@ EXACT = {
     ),
     "masked_fill": (_valid(), lambda m: torch.zeros(2, 1, 1, TOKENS).masked_fill(~m[:, None, None], float("-inf"))),
     "where": (_valid(), lambda m: torch.where(m, 0.0, torch.finfo(torch.float32).min)[:, None, None]),
+    "outer product": (_valid(), lambda m: m[:, None, :, None] & m[:, None, None]),
+    "outer product of expanded masks": (_valid(), lambda m: _rows(m).transpose(2, 3).bool() & _rows(m)),
+    "outer product, cast": (_valid(), lambda m: torch.logical_and(_rows(m), _rows(m).swapaxes(-1, -2)).bool()),
+    "keys and other queries": (_valid(), lambda m: m[:, None, None] & m.roll(3, 1)[:, None, :, None]),
 }
+
+
+def _rows(mask):
+    return mask.view(2, 1, 1, TOKENS).repeat(1, 1, TOKENS, 1)
 
 
 class Masked(torch.nn.Module):
@@ -91,7 +99,19 @@ def test_masks_inside_a_spelled_out_attention(where):
 
 NOT_PADDING = {
     "a row per query": (torch.rand(2, 1, TOKENS, TOKENS) > 0.5, lambda m: m, "query_dependent_mask"),
-    "outer product": (_valid(), lambda m: m[:, None, :, None] & m[:, None, None], "query_dependent_mask"),
+    "either": (_valid(), lambda m: m[:, None, :, None] | m[:, None, None], "query_dependent_mask"),
+    "padding and a triangle": (_valid(), lambda m: m[:, None, None] & _causal(), "query_dependent_mask"),
+    "a triangle and its transpose": (_valid(), lambda m: _causal() & _causal().mT, "query_dependent_mask"),
+    "two masks over queries": (
+        _valid(),
+        lambda m: _rows(m).transpose(2, 3) & m[:, None, :, None],
+        "query_dependent_mask",
+    ),
+    "a repeated batch": (
+        _valid(),
+        lambda m: m.repeat(2, TOKENS).view(2, 2, TOKENS, TOKENS)[:, :1],
+        "query_dependent_mask",
+    ),
     "triangle": (_valid(), lambda m: torch.ones(TOKENS, TOKENS).tril().bool(), "query_dependent_mask"),
     "any bias": (torch.randn(2, 1, 1, TOKENS), lambda m: m, "additive_bias"),
     "soft padding": (torch.rand(2, TOKENS), lambda m: ((1 - m) * -10000.0)[:, None, None], "additive_bias"),
@@ -100,11 +120,26 @@ NOT_PADDING = {
 }
 
 
+def _causal():
+    return torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+
+
 @pytest.mark.parametrize("name", NOT_PADDING)
 def test_other_masks_stay_dense(name):
     mask, make, reason = NOT_PADDING[name]
     gm, _ = dynamo_graph(Masked(make).eval(), video(tokens=TOKENS), mask)
     assert reasons(gm) == [reason]
+
+
+def test_queries_without_keys_are_no_zeros_where_the_softmax_is_spelled_out():
+    """There they have the mean of all values, which only dense attention gives."""
+
+    def attend(query, key, value, mask):
+        allowed = mask[:, None, None] & mask[:, None, :, None]
+        return (query @ key.mT).masked_fill(~allowed, -1e9).softmax(-1) @ value
+
+    gm, _ = dynamo_graph(model_of(attend), video(tokens=TOKENS), _valid())
+    assert reasons(gm) == ["query_dependent_mask"]
 
 
 def test_a_spelled_out_causal_mask_stays_dense():
