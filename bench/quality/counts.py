@@ -19,7 +19,7 @@ from svg2_compile.config import Svg2Config
 
 __all__ = ["DENSITIES", "FACTORS", "SHOWN", "CountStudy"]
 
-FACTORS = ((1 / 3, 1 / 4), (1 / 3, 1), (1, 1 / 4), (1, 1 / 2), (1, 1), (2, 1), (2, 2))
+FACTORS = ((1 / 5, 1 / 4), (1 / 5, 1), (3 / 5, 1), (1, 1 / 4), (1, 1 / 2), (1, 1), (2, 1), (2, 2))
 """How many times the default number of query and of key clusters."""
 SHOWN = (0.10, 0.15, 0.25)
 DENSITIES = (0.05, 0.10, 0.15, 0.20, 0.25)  # budgets end with a whole block: values are interpolated below

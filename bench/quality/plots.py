@@ -20,6 +20,7 @@ from bench.common import IMAGES, RESULTS
 from bench.plot_style import COLOURS, LINES, MARKERS, METHODS, NAMES, finish, method_handles, new_figure, save
 from bench.quality.measure import average
 from bench.quality.plots_video import plot_psnr_density, plot_psnr_speed
+from bench.quality.video_results import read_video_results
 
 __all__ = ["plot_errors", "plot_recall", "plot_reuse"]
 
@@ -195,14 +196,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=IMAGES)
     options = parser.parse_args()
     drawn, note = [], ""
-    attention, video = (options.results / f"quality_{name}.json" for name in ("attention", "video"))
+    attention, video = options.results / "quality_attention.json", read_video_results(options.results)
     if attention.exists():
         document = json.loads(attention.read_text())
         note = oracle_note(document)
         drawn += [plot(document, options.out) for plot in (plot_recall, plot_errors, plot_reuse)]
-    if video.exists():
-        rows = json.loads(video.read_text())["results"]
-        drawn += [plot(rows, options.out, note) for plot in (plot_psnr_density, plot_psnr_speed)]
+    if video is not None:
+        drawn += [plot(video["results"], options.out, note) for plot in (plot_psnr_density, plot_psnr_speed)]
     for path in drawn:
         print(path)
     if not drawn:

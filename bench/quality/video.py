@@ -1,13 +1,14 @@
 """Quality of sampled videos: PSNR, SSIM and speed against density, every method on the same prompts and seeds.
 
-    python -m bench.quality.video            JSON in bench/results/quality_video.json
-    python -m bench.quality.video --quick    one prompt, one density, a small video; writes nothing
+    python -m bench.quality.video --processes 2              JSON in bench/results/quality_video.json
+    python -m bench.quality.video --videos 1 --out quality_video_speed    one point at a time: with speeds
+    python -m bench.quality.video --quick                    one prompt, one density, a small video; writes nothing
 
 Paired: a sparse video and the dense one that it is compared with start from the same noise, run the same dense kernel
 and the same inner backend ("eager": what is compared is the attention, not the compiler around it), in float32. The
 first steps and layers are dense as published (20 % and 3 %). "density" is that of the sparse attentions;
 "density_overall" counts the dense steps and layers as well. With ``--processes 2`` two points are measured at once,
-each with half of the threads, as are the dense videos: their times compare with each other.
+each with half of the threads; they share the machine, so their times are not reported.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import nn
 from bench.common import require_close, write_results
 from bench.minidit.sample import PROMPTS, video_size
 from bench.quality.methods import METHODS, Method
+from bench.quality.video_results import QUALITY
 from svg2_compile.api import enable
 from svg2_compile.compare.comparison import Run
 from svg2_compile.compare.density import density_table, sparse_steps
@@ -112,14 +114,13 @@ def sample_sparse(
     return sampled
 
 
-def row(method: Method, selection: dict[str, float], dense: list[Sampled], sparse: list[Sampled]) -> dict[str, Any]:
-    """Means and spreads over the videos of one point of a curve."""
+def row(
+    method: Method, selection: dict[str, float], dense: list[Sampled], sparse: list[Sampled], timed: bool
+) -> dict[str, Any]:
+    """Means and spreads over the videos of one point of a curve; speeds if it had the machine to itself."""
     psnrs = [psnr(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
     ssims = [ssim(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
     multiscale = [multiscale_ssim(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
-    first = sparse[0].first_sparse_step
-    loop = [d.seconds / s.seconds for d, s in zip(dense, sparse, strict=True)]
-    later = [sum(d.step_seconds[first:]) / sum(s.step_seconds[first:]) for d, s in zip(dense, sparse, strict=True)]
     return {
         "method": method.name,
         **selection,
@@ -128,9 +129,18 @@ def row(method: Method, selection: dict[str, float], dense: list[Sampled], spars
         **_spread("psnr", psnrs, 2),
         **_spread("ssim", ssims, 4),
         **_spread("ms_ssim", multiscale, 4),
+        **(_speedups(dense, sparse) if timed else {}),
+        "psnr_per_video": [round(value, 2) for value in psnrs],
+    }
+
+
+def _speedups(dense: list[Sampled], sparse: list[Sampled]) -> dict[str, float]:
+    first = sparse[0].first_sparse_step
+    loop = [d.seconds / s.seconds for d, s in zip(dense, sparse, strict=True)]
+    later = [sum(d.step_seconds[first:]) / sum(s.step_seconds[first:]) for d, s in zip(dense, sparse, strict=True)]
+    return {
         "speedup": round(statistics.median(loop), 3),
         "speedup_sparse_steps": round(statistics.median(later), 3),
-        "psnr_per_video": [round(value, 2) for value in psnrs],
     }
 
 
@@ -171,7 +181,7 @@ def measure(
         error = pool.submit(gate, jobs, setting).result()
         dense = list(pool.map(functools.partial(_dense, setting), jobs))
         for point, sparse in zip(chosen, pool.map(functools.partial(_sparse, setting, jobs), chosen), strict=True):
-            rows.append(row(*point, dense, sparse))
+            rows.append(row(*point, dense, sparse, timed=processes == 1))
             print(rows[-1], flush=True)
     return error, rows
 
@@ -195,7 +205,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, nargs="*", default=TOP_P, metavar="TOP_P")
     parser.add_argument("--query-clusters", type=int, metavar="N", help="not the default number of query clusters")
     parser.add_argument("--processes", type=int, default=1, help="points that are measured at once (default 1)")
-    parser.add_argument("--out", default="quality_video", help="name of the result file in bench/results")
+    parser.add_argument("--out", default=QUALITY, help="name of the result file in bench/results")
     arguments = parser.parse_args()
     size = VideoSize(8, 32, 32) if arguments.quick else arguments.size
     steps = 6 if arguments.quick else arguments.steps

@@ -20,6 +20,7 @@ from bench.quality.measure import VARIANTS
 from bench.quality.plots_video import plot_psnr_density, plot_psnr_speed
 from bench.quality.position import KINDS
 from bench.quality.reuse import CARRIED_ITERS, COLD_ITERS
+from bench.quality.video_results import read_video_results
 
 DENSITIES = [0.05, 0.1, 0.25, 0.5]
 
@@ -101,6 +102,30 @@ def test_video_curves_are_sorted_and_top_p_stands_alone(tmp_path: Path, figures:
     (cross,) = [line for line in lines if line.get_marker() == "x"]
     assert (np.asarray(cross.get_xdata()).tolist(), np.asarray(cross.get_ydata()).tolist()) == ([0.4], [31.0])
     assert len(figures[1].axes[0].get_lines()) >= len(METHODS) * len(LINES)
+
+
+def test_speeds_are_those_of_the_run_that_had_the_machine_to_itself(tmp_path: Path) -> None:
+    assert read_video_results(tmp_path) is None
+    quality = [{"method": "svg2", "density": 0.2523}, {"method": "svg2", "top_p": 0.9, "density": 0.44}]
+    quality += [{"method": "tiles", "density": 0.2521, "speedup": 1.5}, {"method": "svg2", "density": 0.1525}]
+    (tmp_path / "quality_video.json").write_text(json.dumps({"steps": 20, "results": quality}))
+    timed = [{"method": "svg2", "density": 0.2519, "speedup": 1.3}]
+    timed += [{"method": "svg2", "top_p": 0.9, "density": 0.43, "speedup": 1.1}]
+    (tmp_path / "quality_video_speed.json").write_text(json.dumps({"results": timed}))
+    document = read_video_results(tmp_path)
+    assert document is not None and document["steps"] == 20
+    assert [row["speedup"] for row in document["results"]] == [1.3, 1.1, 1.5, None]
+    about = {"frames": 8, "height": 8, "width": 8, "tokens": 64, "jobs": [["one", 1]]}
+    rows = [
+        {"psnr_mean": 1.0, "psnr_std": 0.0, "ssim_mean": 1.0, "ms_ssim_mean": 1.0, **r} for r in document["results"]
+    ]
+    table = tables.video_table({**document, **about, "results": rows})
+    assert [line.split("|")[-2].strip() for line in table.splitlines()[-4:]] == [
+        "1.30x",
+        "1.10x",
+        "1.50x",
+        "not measured",
+    ]
 
 
 def test_unknown_methods_are_refused(tmp_path: Path) -> None:
