@@ -72,10 +72,9 @@ def read_key_padding(call: AttentionCall) -> KeyPadding | MaskSkip | None:
     mask = _before_query_expansion(call.attn_mask)
     shape = shape_of(mask)
     if mask is None or shape is None:
-        product = _outer_product(call)
-        if product is not None:
-            return product
-        return MaskSkip("query_dependent_mask", "the mask has a row for every query: only key padding is sparse")
+        return _outer_product(call) or MaskSkip(
+            "query_dependent_mask", "the mask has a row for every query: only key padding is sparse"
+        )
     value = node_value(mask)
     if value.dtype == torch.bool:
         return KeyPadding(mask, "exclude" if call.mask_excludes else "attend")
@@ -97,8 +96,8 @@ def _outer_product(call: AttentionCall) -> KeyPadding | None:
     if len(sides) != 2:
         return None
     for first, second in (sides, sides[::-1]):
-        keys, queries = _before_query_expansion(first), _query_padding(second)
-        if keys is not None and queries is not None and len(shape_of(keys) or ()) >= 2:
+        keys, queries = _before_expansion(first, axis=-2), _query_padding(second)
+        if keys is not None and queries is not None:
             return KeyPadding(keys, "attend", queries=queries)
     return None
 
@@ -111,10 +110,8 @@ def _query_padding(mask: fx.Node) -> QueryPadding | None:
         return QueryPadding(plain, transposed=False)
     if operator_name(mask) not in _TRANSPOSE or len(mask.args) != 3 or not isinstance(mask.args[0], fx.Node):
         return None
-    rank = len(shape_of(mask) or ())
-    swapped = {axis % rank for axis in mask.args[1:] if isinstance(axis, int) and rank}
-    keys = _before_query_expansion(mask.args[0])
-    if rank < 2 or swapped != {rank - 2, rank - 1} or keys is None or len(shape_of(keys) or ()) < 2:
+    keys, rank = _before_expansion(mask.args[0], axis=-2), len(shape_of(mask) or ())
+    if keys is None or {axis % rank for axis in mask.args[1:] if isinstance(axis, int)} != {rank - 2, rank - 1}:
         return None
     return QueryPadding(keys, transposed=True)
 

@@ -131,6 +131,13 @@ def test_other_masks_stay_dense(name):
     assert reasons(gm) == [reason]
 
 
+def test_a_repeated_axis_of_several_is_no_axis_of_one():
+    """Two masks repeated to four videos: without the repetition they would not broadcast."""
+    model = Masked(lambda m: m[:, None, None].repeat(2, 1, TOKENS, 1)).eval()
+    gm, _ = dynamo_graph(model, torch.cat([video(tokens=TOKENS)] * 2), _valid())
+    assert reasons(gm) == ["query_dependent_mask"]
+
+
 def test_queries_without_keys_are_no_zeros_where_the_softmax_is_spelled_out():
     """There they have the mean of all values, which only dense attention gives."""
 
