@@ -201,10 +201,11 @@ def _gathered(keys: KeyTable, lists: Sequence[Tensor], parts: int) -> tuple[Tens
     if len(lists) == 1 and lists[0].shape[0] % parts == 0:
         run = keys.run_of_tokens(lists[0])
         if run is not None:
-            return keys.key[run].unsqueeze(0), keys.value[run].unsqueeze(0), None
+            key, value = keys.run(run)
+            return key.unsqueeze(0), value.unsqueeze(0), None
     index = torch.nn.utils.rnn.pad_sequence(list(lists), batch_first=True, padding_value=keys.padding_row)
     index = pad(index, (0, -index.shape[1] % parts), value=keys.padding_row)
-    key, value = (table.index_select(0, index.flatten()).unflatten(0, index.shape) for table in (keys.key, keys.value))
+    key, value = keys.gather(index)
     unpadded = all(rows.shape[0] == index.shape[1] for rows in lists)
     return key, value, None if unpadded and not keys.num_means else keys.bias[index]
 

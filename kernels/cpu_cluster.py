@@ -25,7 +25,8 @@ def kmeans(
         for h in range(heads):
             members = None if valid is None else valid[b, h if valid.shape[1] > 1 else 0].nonzero().squeeze(-1)
             # Only valid tokens take part: whatever padding holds (NaN included) is never read.
-            tokens = (x[b, h] if members is None else x[b, h].index_select(0, members)).to(torch.float32)
+            # Contiguous rows: a model's heads are strided views, whose sums by cluster take eight times as long.
+            tokens = (x[b, h] if members is None else x[b, h].index_select(0, members)).to(torch.float32).contiguous()
             start = centroids[b, h] if starts_given else _spread_seeds(tokens, num_clusters)
             head_labels, means[b, h], sizes[b, h] = _lloyd(tokens, start, iters)
             if members is None:

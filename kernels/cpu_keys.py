@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-MAX_MASK_ELEMENTS = 1 << 23  # of the masks that lists of keys are made from; a list takes 16 bytes per key meanwhile
+MAX_LISTED_AT_ONCE = 1 << 20  # keys; a list takes 32 bytes per key while it is made
 
 Head = tuple[int, int]
 """Batch and head."""
@@ -16,7 +16,8 @@ Head = tuple[int, int]
 
 class KeyTable:
     """Keys and values of some heads as float32 rows, head by head: the tokens, then the means of the clusters if
-    skipped clusters take part through them. The last row has weight 0: it pads lists to one length."""
+    skipped clusters take part through them. The last row has weight 0: it pads lists to one length. A key and its value
+    lie side by side: they are gathered together."""
 
     def __init__(
         self,
@@ -31,10 +32,17 @@ class KeyTable:
         self.num_tokens = key.shape[2]
         self.num_means = 0 if means is None else means[0].shape[2]
         self.sizes = [offsets[head].diff().to(torch.int64) for head in heads]
-        self.block_of_key = [torch.repeat_interleave(torch.arange(len(sizes)), sizes) for sizes in self.sizes]
-        mean_keys, mean_values = (None, None) if means is None else means
-        self.key, self.value = _rows(key, mean_keys, heads), _rows(value, mean_values, heads)
-        self.bias = self.key.new_zeros(self.key.shape[0])
+        self.head_dim = key.shape[3]
+        width = self.head_dim + value.shape[3]
+        self.rows = key.new_zeros(len(heads) * self.rows_per_head + 1, width, dtype=torch.float32)
+        mean_key, mean_value = (None, None) if means is None else means
+        tables = self.rows[:-1].unflatten(0, (len(heads), self.rows_per_head))
+        for table, head in zip(tables, heads, strict=True):
+            for half, tokens, mean in zip(self._split(table), (key, value), (mean_key, mean_value), strict=True):
+                half[: self.num_tokens] = tokens[head]
+                if mean is not None:
+                    half[self.num_tokens :] = mean[head]
+        self.bias = self.rows.new_zeros(self.rows.shape[0])
         for position, sizes in enumerate(self.sizes):
             last = (position + 1) * self.rows_per_head
             self.bias[last - self.num_means : last] = sizes[: self.num_means].to(torch.float32).log()
@@ -46,7 +54,18 @@ class KeyTable:
 
     @property
     def padding_row(self) -> int:
-        return self.key.shape[0] - 1
+        return self.rows.shape[0] - 1
+
+    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [..., D] and values [..., Dv] of the rows of an index [...]."""
+        return self._split(self.rows.index_select(0, index.flatten()).unflatten(0, index.shape))
+
+    def run(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Keys [n, D] and values [n, Dv] of consecutive rows, as views."""
+        return self._split(self.rows[rows])
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[..., : self.head_dim], rows[..., self.head_dim :]
 
     def lists(self, position: int, selected: Tensor) -> Iterator[Tensor]:
         """The rows that each selection of the head at ``position`` attends to.
@@ -54,15 +73,22 @@ class KeyTable:
         selected: bool [R, C + 2]. Yields R ascending lists, int64.
         """
         sizes = self.sizes[position]
-        at_once = max(1, MAX_MASK_ELEMENTS // max(1, self.rows_per_head))
-        for part in selected.split(at_once):
-            included = part.index_select(1, self.block_of_key[position])
+        # Every block is a run of rows, and so is every mean.
+        starts = torch.cat([sizes.cumsum(dim=0) - sizes, self.num_tokens + torch.arange(self.num_means)])
+        starts += position * self.rows_per_head
+        lengths = torch.cat([sizes, sizes.new_ones(self.num_means)])
+        filled = sizes[: self.num_means] > 0
+        for part in selected.split(max(1, MAX_LISTED_AT_ONCE // max(1, self.rows_per_head))):
             if self.num_means:
                 # Compensation stands in for clusters that are not selected and not empty.
-                skipped = ~part[:, : self.num_means] & (sizes[: self.num_means] > 0)
-                included = torch.cat([included, skipped], dim=1)
-            rows = included.nonzero()[:, 1] + position * self.rows_per_head
-            yield from rows.split(included.sum(dim=1).tolist())
+                part = torch.cat([part, ~part[:, : self.num_means] & filled], dim=1)
+            runs = part.nonzero()[:, 1]
+            length = lengths[runs]
+            num_rows = (part * lengths).sum(dim=1).tolist()
+            # Run i starts where those before it end: adding up from there gives the rows of the table.
+            shift = starts[runs] - (length.cumsum(dim=0) - length)
+            rows = torch.repeat_interleave(shift, length, output_size=sum(num_rows))
+            yield from rows.add_(torch.arange(rows.shape[0])).split(num_rows)
 
     def run_of_tokens(self, index: Tensor) -> slice | None:
         """A list as a slice if it is one run of tokens, as at top_p = 1: nothing to gather, no bias."""
@@ -70,15 +96,3 @@ class KeyTable:
         if last - first + 1 != index.shape[0] or last % self.rows_per_head >= self.num_tokens:
             return None
         return slice(first, last + 1)
-
-
-def _rows(tokens: Tensor, means: Tensor | None, heads: Sequence[Head]) -> Tensor:
-    """Tokens [B, H, n, D] and means [B, H, C, D] (if any) of some heads, and a row of zeros: float32."""
-    parts = [part[head] for head in heads for part in (tokens, means) if part is not None]
-    table = tokens.new_empty(sum(part.shape[0] for part in parts) + 1, tokens.shape[3], dtype=torch.float32)
-    first = 0
-    for part in parts:
-        table[first : first + part.shape[0]] = part
-        first += part.shape[0]
-    table[-1] = 0
-    return table

@@ -143,25 +143,41 @@ def _log_errors(
     # An empty cluster's centroid may be anything.
     outputs = torch.softmax((mean_scores + k_sizes.log()).masked_fill(k_sizes == 0, -math.inf), dim=-1) @ v_centroids
     log_sums = queries.new_full((k_centroids.shape[0], queries.shape[0]), -math.inf)
+    key_differences = _differences_to_means(key, k_centroids, k_sizes)
+    value_differences = _differences_to_means(value, v_centroids, k_sizes)
     # Floats of one [query clusters, tokens] tile: a few MiB, whatever the number of tokens.
     errors_per_tile = tuned("cpu_error", key.device, key.dtype, key.shape[1], key.shape[0])["ERRORS_PER_TILE"]
-    for clusters, rows, present in _tiles_of_clusters(k_sizes, max(1, errors_per_tile // queries.shape[0])):
-        key_mean, value_mean = k_centroids[clusters].unsqueeze(1), v_centroids[clusters].unsqueeze(1)
-        # Padding is put at the centroid, where weights are exactly 0.
-        distance = (key[rows].to(torch.float32) - key_mean).masked_fill_(~present, 0.0) @ scaled_queries.t()
+    for clusters, rows in _tiles_of_clusters(k_sizes, max(1, errors_per_tile // queries.shape[0])):
+        # Padding is at the centroid: its weight is exactly 0.
+        distance = _rows(key_differences, rows) @ scaled_queries.t()
         shift = distance.amax(dim=1, keepdim=True).clamp_(min=0.0)
         weights = distance.sub_(shift).exp_().sub_(torch.exp(-shift))
-        spread = (value[rows].to(torch.float32) - value_mean).masked_fill_(~present, 0.0)
-        error = weights.transpose(1, 2) @ spread
-        error.addcmul_(weights.sum(dim=1).unsqueeze(-1), value_mean - outputs)
+        error = weights.transpose(1, 2) @ _rows(value_differences, rows)
+        mean_to_output = v_centroids.index_select(0, clusters).unsqueeze(1) - outputs
+        error.addcmul_(weights.sum(dim=1).unsqueeze(-1), mean_to_output)
         log_sums[clusters] = error.square_().sum(dim=-1).log_().add_(shift.squeeze(1), alpha=2)
     return log_sums.t() + 2 * mean_scores
 
 
-def _tiles_of_clusters(k_sizes: Tensor, tokens_per_tile: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Clusters of like size together: their indices [c], the tokens of each [c, longest], and which of those are its
-    own, bool [c, longest, 1]. Empty clusters are in no tile; one of more tokens than a tile's has a tile to itself."""
-    starts = k_sizes.cumsum(dim=0) - k_sizes
+def _differences_to_means(tokens: Tensor, means: Tensor, sizes: Tensor) -> Tensor:
+    """Clustered tokens [n, D] less the means [C, D] of their clusters, and a last row of zeros: float32 [m + 1, D], of
+    the m <= n tokens in clusters of these sizes [C]."""
+    mean_of_token = torch.repeat_interleave(means, sizes, dim=0, output_size=int(sizes.sum()))
+    differences = means.new_zeros(mean_of_token.shape[0] + 1, means.shape[1])
+    torch.sub(tokens[: mean_of_token.shape[0]].to(torch.float32), mean_of_token, out=differences[:-1])
+    return differences
+
+
+def _rows(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows of tokens [n, D] by index [c, l]: [c, l, D]."""
+    return tokens.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _tiles_of_clusters(k_sizes: Tensor, tokens_per_tile: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Clusters of like size together: their indices [c] and the tokens of each [c, longest], padded with the index
+    after the last token. Empty clusters are in no tile; one of more tokens than a tile's has a tile to itself."""
+    ends = k_sizes.cumsum(dim=0)
+    starts, padding = ends - k_sizes, ends[-1]
     order = torch.argsort(k_sizes, descending=True, stable=True)
     sizes = k_sizes[order].tolist()
     first = 0
@@ -174,6 +190,5 @@ def _tiles_of_clusters(k_sizes: Tensor, tokens_per_tile: int) -> Iterator[tuple[
         clusters = order[first:last]
         place = torch.arange(longest)
         own = place < k_sizes[clusters].unsqueeze(1)
-        rows = torch.where(own, place, 0) + starts[clusters].unsqueeze(1)
-        yield clusters, rows, own.unsqueeze(-1)
+        yield clusters, torch.where(own, place + starts[clusters].unsqueeze(1), padding)
         first = last

@@ -19,7 +19,7 @@ _CPU: Mapping[str, Mapping[str, int]] = {
     "cpu_kmeans": {"SCORES_PER_TILE": 1 << 19},
     # Fewer keys per part, or fewer pairs than idle threads could compute, cost more to merge than an idle core.
     "cpu_attention": {"MIN_KEYS_PER_PART": 128, "MIN_IDLE_PAIRS": 1 << 16},
-    "cpu_error": {"ERRORS_PER_TILE": 1 << 20},
+    "cpu_error": {"ERRORS_PER_TILE": 1 << 18},
 }
 _INTERPRETER: Mapping[str, Mapping[str, int]] = {
     "attention": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PROGRAMS_PER_SM": 1},

@@ -29,7 +29,7 @@ SPACES: Mapping[str, Space] = {
     },
     "cpu_kmeans": {"SCORES_PER_TILE": (1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 21)},
     "cpu_attention": {"MIN_KEYS_PER_PART": (64, 128, 256, 512), "MIN_IDLE_PAIRS": (1 << 14, 1 << 16, 1 << 18)},
-    "cpu_error": {"ERRORS_PER_TILE": (1 << 18, 1 << 19, 1 << 20, 1 << 21, 1 << 22)},
+    "cpu_error": {"ERRORS_PER_TILE": (1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)},
 }
 CPU_KERNELS = tuple(name for name in SPACES if name.startswith("cpu_"))
 GPU_KERNELS = tuple(name for name in SPACES if not name.startswith("cpu_"))

@@ -120,7 +120,7 @@ def test_attention_does_not_depend_on_the_memory_it_may_take(monkeypatch: pytest
     at_once = cpu.block_sparse_attention(*problem.args(True))
     monkeypatch.setattr(cpu_attention, "TABLE_BYTES", 1)  # a head at a time
     monkeypatch.setattr(cpu_attention, "MAX_LISTED_KEYS", 1)  # a list at a time: no call is shared
-    monkeypatch.setattr(cpu_keys, "MAX_MASK_ELEMENTS", 1)
+    monkeypatch.setattr(cpu_keys, "MAX_LISTED_AT_ONCE", 1)
     one_by_one = cpu.block_sparse_attention(*problem.args(True))
     torch.testing.assert_close(one_by_one, at_once, rtol=0, atol=2e-6)
 
