@@ -1,6 +1,7 @@
 """The trained model end to end: total time dense and sparse, PSNR, density, and where the time of sparse steps goes.
 
     python -m bench.e2e_quality            8,192 and 16,384 tokens, 20 steps; JSON in bench/results/e2e_quality.json
+    python -m bench.e2e_quality --densities 0.10 0.15    every size at several budgets
     python -m bench.e2e_quality --quick    a small video, few steps; writes nothing
 
 A pair as ``svg2 compare`` runs it: same noise, same compiled dense graph, same inner backend (Inductor), no compilation
@@ -97,13 +98,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small video, few steps; writes nothing")
     parser.add_argument("--sizes", type=video_size, nargs="+", default=SIZES, metavar="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--density", type=float, help="a fixed budget instead of the default selection")
+    budgets = "fixed budgets instead of the default selection"
+    parser.add_argument("--densities", type=float, nargs="+", default=(None,), metavar="DENSITY", help=budgets)
     arguments = parser.parse_args()
-    options: dict[str, Any] = {"compensation": "centroid", "routing": "error"}
-    if arguments.density is not None:
-        options["density"] = arguments.density
+    sizes = (VideoSize(8, 48, 48),) if arguments.quick else arguments.sizes
     results = []
-    for size in (VideoSize(8, 48, 48),) if arguments.quick else arguments.sizes:
+    for size, density in itertools.product(sizes, arguments.densities):
+        options: dict[str, Any] = {"compensation": "centroid", "routing": "error"}
+        if density is not None:
+            options["density"] = density
         results.append(run_case(size, 6 if arguments.quick else arguments.steps, options))
         print(results[-1], flush=True)
     if not arguments.quick:

@@ -35,6 +35,7 @@ from bench.quality.measure import (
     require_exact,
 )
 from bench.quality.position import KINDS
+from bench.quality.results import ATTENTION
 from bench.quality.reuse import ReuseStudy
 from bench.quality.routing import RoutingStudy
 from svg2_compile.config import Svg2Config
@@ -211,7 +212,7 @@ def main() -> None:
         "--reuse-steps", type=int, default=8, help="steps over which centroids are followed (default 8)"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", default="quality_attention", help="name of the result file in bench/results")
+    parser.add_argument("--out", default=ATTENTION, help="name of the result file in bench/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     count = options.sampling_steps

@@ -3,13 +3,12 @@
     python -m bench.quality.plots    docs/img/quality_*.png of every result file that is there
 
 Here the attention level (quality_attention.json): recall, output error, the centroid cache; plots_video.py has the
-video level (quality_video.json).
+video level (quality_video.json, quality_video_speed.json).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from bench.common import IMAGES, RESULTS
 from bench.plot_style import COLOURS, LINES, MARKERS, METHODS, NAMES, finish, method_handles, new_figure, save
 from bench.quality.measure import average
 from bench.quality.plots_video import plot_psnr_density, plot_psnr_speed
-from bench.quality.video_results import read_video_results
+from bench.quality.results import ATTENTION, SPEED, VIDEO, read_results
 
 __all__ = ["plot_errors", "plot_recall", "plot_reuse"]
 
@@ -34,6 +33,13 @@ def oracle_note(document: Mapping[str, Any]) -> str:
         recalls = [row[f"recall at {density}"]["oracle_tokens"] for row in document["summary"] if row["layer"] != "all"]
         parts.append(f"{min(recalls):.0%} to {max(recalls):.0%} at {density}")
     return f"best keys of every query hold, by layer, {' and '.join(parts)} of the attention"
+
+
+def speed_note(document: Mapping[str, Any]) -> str:
+    """What a speed-up was measured on."""
+    where = document["environment"]
+    device = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}"
+    return f"{document['tokens']:,} tokens, {document['steps']} steps, {device}"
 
 
 def _about(document: Mapping[str, Any]) -> str:
@@ -196,17 +202,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=IMAGES)
     options = parser.parse_args()
     drawn, note = [], ""
-    attention, video = options.results / "quality_attention.json", read_video_results(options.results)
-    if attention.exists():
-        document = json.loads(attention.read_text())
-        note = oracle_note(document)
-        drawn += [plot(document, options.out) for plot in (plot_recall, plot_errors, plot_reuse)]
+    attention, video, speed = (read_results(options.results, name) for name in (ATTENTION, VIDEO, SPEED))
+    if attention is not None:
+        note = oracle_note(attention)
+        drawn += [plot(attention, options.out) for plot in (plot_recall, plot_errors, plot_reuse)]
     if video is not None:
-        drawn += [plot(video["results"], options.out, note) for plot in (plot_psnr_density, plot_psnr_speed)]
+        drawn.append(plot_psnr_density(video["results"], options.out, note))
+    if speed is not None:
+        drawn.append(plot_psnr_speed(speed["results"], options.out, "\n".join([speed_note(speed), note]).strip()))
     for path in drawn:
         print(path)
     if not drawn:
-        print(f"no quality_attention.json or quality_video.json in {options.results}")
+        print(f"none of {ATTENTION}, {VIDEO}, {SPEED} in {options.results}")
 
 
 if __name__ == "__main__":

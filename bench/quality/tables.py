@@ -8,18 +8,17 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; what is th
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.common import BENCH, RESULTS
-from bench.quality.video_results import QUALITY, read_video_results
+from bench.quality.results import ATTENTION, SPEED, VIDEO, read_results
 
-__all__ = ["attention_tables", "cluster_count_table", "fill", "reuse_table", "routing_table", "video_table"]
+__all__ = ["attention_tables", "cluster_count_table", "fill", "reuse_table", "routing_table", "speed_table", "video_table"]
 
 PAGE = BENCH.parent / "docs" / "quality.md"
 RECALL_ROWS = {
@@ -96,25 +95,45 @@ def routing_table(document: Mapping[str, Any]) -> str:
 
 
 def video_table(document: Mapping[str, Any]) -> str:
-    """PSNR, SSIM and speed of every method at every budget, and of the selections by mass."""
+    """PSNR and SSIM of every method at every budget, and of the selections by mass."""
     rows = [
         [
             row["method"],
-            f"density {row['density']:.1%}" if "top_p" not in row else f"top_p {row['top_p']}: {row['density']:.1%}",
+            _selection(row),
             f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}",
             f"{row['ssim_mean']:.3f}",
             f"{row['ms_ssim_mean']:.3f}",
-            "not measured" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         ]
         for row in document["results"]
     ]
-    header = ["method", "selection", "PSNR, dB", "SSIM", "multi-scale SSIM", "speed-up of the loop"]
+    header = ["method", "selection", "PSNR, dB", "SSIM", "multi-scale SSIM"]
+    return f"{_about_videos(document)}; mean ± deviation over videos.\n\n{markdown(header, rows)}"
+
+
+def speed_table(document: Mapping[str, Any]) -> str:
+    """PSNR and speed-up, of the loop and of its sparse steps, of every method at every budget."""
+    rows = [
+        [
+            row["method"],
+            _selection(row),
+            f"{row['psnr_mean']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['speedup_sparse_steps']:.2f}x",
+        ]
+        for row in document["results"]
+    ]
+    header = ["method", "selection", "PSNR, dB", "speed-up of the loop", "of the sparse steps"]
+    where = f"torch {document['environment']['torch']}, commit {document['environment']['commit']}"
+    return f"{_about_videos(document)}; {where}.\n\n{markdown(header, rows)}"
+
+
+def _about_videos(document: Mapping[str, Any]) -> str:
     size = f"{document['frames']}x{document['height']}x{document['width']} pixels, {document['tokens']:,} tokens"
-    about = (
-        f"{counted(len(document['jobs']), 'video')} of {size}, {document['steps']} steps; mean ± deviation over videos."
-        " Speed-up: of one video that has the machine to itself."
-    )
-    return about + "\n\n" + markdown(header, rows)
+    return f"{counted(len(document['jobs']), 'video')} of {size}, {document['steps']} steps"
+
+
+def _selection(row: Mapping[str, Any]) -> str:
+    return f"top_p {row['top_p']}: {row['density']:.1%}" if "top_p" in row else f"density {row['density']:.1%}"
 
 
 def fill(page: str, name: str, table: str) -> str:
@@ -125,20 +144,32 @@ def fill(page: str, name: str, table: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", page)
 
 
+TABLES: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
+    ATTENTION: {
+        "attention": attention_tables,
+        "clusters": cluster_count_table,
+        "reuse": reuse_table,
+        "routing": routing_table,
+    },
+    VIDEO: {"video": video_table},
+    SPEED: {"speed": speed_table},
+}
+"""The tables made from each result file, by their mark on the page."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality.tables")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
-    document = json.loads((options.results / "quality_attention.json").read_text())
-    page = fill(options.page.read_text(), "attention", attention_tables(document))
-    page = fill(page, "clusters", cluster_count_table(document))
-    page = fill(page, "reuse", reuse_table(document))
-    page = fill(page, "routing", routing_table(document))
-    video = read_video_results(options.results)
-    if video is None:
-        raise SystemExit(f"no {QUALITY}.json in {options.results}")
-    options.page.write_text(fill(page, "video", video_table(video)))
+    page = options.page.read_text()
+    for name, tables in TABLES.items():
+        document = read_results(options.results, name)
+        if document is None:
+            raise SystemExit(f"no {name}.json in {options.results}")
+        for mark, table in tables.items():
+            page = fill(page, mark, table(document))
+    options.page.write_text(page)
     print(options.page)
 
 

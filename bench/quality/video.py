@@ -1,7 +1,7 @@
 """Quality of sampled videos: PSNR, SSIM and speed against density, every method on the same prompts and seeds.
 
     python -m bench.quality.video --processes 2              JSON in bench/results/quality_video.json
-    python -m bench.quality.video --videos 1 --out quality_video_speed    one point at a time: with speeds
+    python -m bench.quality.video --videos 1 --size 32x64x64 --out quality_video_speed    one point at a time: speeds
     python -m bench.quality.video --quick                    one prompt, one density, a small video; writes nothing
 
 Paired: a sparse video and the dense one that it is compared with start from the same noise, run the same dense kernel
@@ -30,7 +30,7 @@ from torch import nn
 from bench.common import require_close, write_results
 from bench.minidit.sample import PROMPTS, video_size
 from bench.quality.methods import METHODS, Method
-from bench.quality.video_results import QUALITY
+from bench.quality.results import VIDEO
 from svg2_compile.api import enable
 from svg2_compile.compare.comparison import Run
 from svg2_compile.compare.density import density_table, sparse_steps
@@ -199,19 +199,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--videos", type=int, default=4, help="prompts, each with a seed of its own (default 4)")
+    parser.add_argument("--first", type=int, default=0, help="the first of these prompts (default 0)")
     names = [method.name for method in METHODS]
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD", help=", ".join(names))
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES, metavar="DENSITY")
     parser.add_argument("--top-p", type=float, nargs="*", default=TOP_P, metavar="TOP_P")
     parser.add_argument("--query-clusters", type=int, metavar="N", help="not the default number of query clusters")
     parser.add_argument("--processes", type=int, default=1, help="points that are measured at once (default 1)")
-    parser.add_argument("--out", default=QUALITY, help="name of the result file in bench/results")
+    parser.add_argument("--out", default=VIDEO, help="name of the result file in bench/results")
     arguments = parser.parse_args()
     size = VideoSize(8, 32, 32) if arguments.quick else arguments.size
     steps = 6 if arguments.quick else arguments.steps
     setting = Setting(size, steps, arguments.guidance, num_q_clusters=arguments.query_clusters)
     count = 1 if arguments.quick else arguments.videos
-    jobs = [(PROMPTS[index % len(PROMPTS)], 100 + index) for index in range(count)]
+    jobs = [(PROMPTS[index % len(PROMPTS)], 100 + index) for index in range(arguments.first, arguments.first + count)]
     methods = [method for method in METHODS if method.name in arguments.methods]
     chosen = ((0.25,), ()) if arguments.quick else (arguments.densities, arguments.top_p)
     error, rows = measure(setting, jobs, points(methods, *chosen), arguments.processes)

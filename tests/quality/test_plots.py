@@ -20,9 +20,12 @@ from bench.quality.measure import VARIANTS
 from bench.quality.plots_video import plot_psnr_density, plot_psnr_speed
 from bench.quality.position import KINDS
 from bench.quality.reuse import CARRIED_ITERS, COLD_ITERS
-from bench.quality.video_results import read_video_results
 
 DENSITIES = [0.05, 0.1, 0.25, 0.5]
+ABOUT_VIDEOS = {
+    **{"frames": 8, "height": 32, "width": 32, "tokens": 512, "steps": 20, "jobs": [["one", 1], ["two", 2]]},
+    "environment": {"cpu": "a CPU", "threads": 2, "torch": "2.13.0", "commit": "abc"},
+}
 
 
 @pytest.fixture
@@ -64,12 +67,14 @@ def made_up_rows() -> list[dict[str, Any]]:
             "density": density,
             "psnr_mean": 20 + 30 * density,
             "speedup": 1 / (density + 0.3),
+            "speedup_sparse_steps": 1 / (density + 0.2),
             **quality,
         }
         for method in methods
         for density in DENSITIES
     ]
-    return [*rows, {"method": "svg2", "top_p": 0.9, "density": 0.4, "psnr_mean": 31.0, "speedup": 1.2, **quality}]
+    speed = {"speedup": 1.2, "speedup_sparse_steps": 1.5}
+    return [*rows, {"method": "svg2", "top_p": 0.9, "density": 0.4, "psnr_mean": 31.0, **speed, **quality}]
 
 
 def test_every_picture_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +84,8 @@ def test_every_picture_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     plots.main()
     assert not images.exists()
     (results / "quality_attention.json").write_text(json.dumps(made_up_document()))
-    (results / "quality_video.json").write_text(json.dumps({"results": made_up_rows()}))
+    for name in ("quality_video", "quality_video_speed"):
+        (results / f"{name}.json").write_text(json.dumps({**ABOUT_VIDEOS, "results": made_up_rows()}))
     plots.main()
     names = ("recall", "error", "reuse", "psnr_density", "psnr_speed")
     assert {path.name for path in images.iterdir()} == {f"quality_{name}.png" for name in names}
@@ -95,37 +101,13 @@ def test_error_curves_of_every_method(tmp_path: Path, figures: list[Figure]) -> 
 def test_video_curves_are_sorted_and_top_p_stands_alone(tmp_path: Path, figures: list[Figure]) -> None:
     rows = made_up_rows()
     plot_psnr_density(rows[::-1], tmp_path)
-    plot_psnr_speed([*rows, {**rows[0], "speedup": None}], tmp_path)
+    plot_psnr_speed(rows, tmp_path)
     lines = figures[0].axes[0].get_lines()
     curves = [np.asarray(line.get_xdata()).tolist() for line in lines if line.get_marker() != "x"]
     assert curves == [DENSITIES] * (len(METHODS) * len(LINES))
     (cross,) = [line for line in lines if line.get_marker() == "x"]
     assert (np.asarray(cross.get_xdata()).tolist(), np.asarray(cross.get_ydata()).tolist()) == ([0.4], [31.0])
     assert len(figures[1].axes[0].get_lines()) >= len(METHODS) * len(LINES)
-
-
-def test_speeds_are_those_of_the_run_that_had_the_machine_to_itself(tmp_path: Path) -> None:
-    assert read_video_results(tmp_path) is None
-    quality = [{"method": "svg2", "density": 0.2523}, {"method": "svg2", "top_p": 0.9, "density": 0.44}]
-    quality += [{"method": "tiles", "density": 0.2521, "speedup": 1.5}, {"method": "svg2", "density": 0.1525}]
-    (tmp_path / "quality_video.json").write_text(json.dumps({"steps": 20, "results": quality}))
-    timed = [{"method": "svg2", "density": 0.2519, "speedup": 1.3}]
-    timed += [{"method": "svg2", "top_p": 0.9, "density": 0.43, "speedup": 1.1}]
-    (tmp_path / "quality_video_speed.json").write_text(json.dumps({"results": timed}))
-    document = read_video_results(tmp_path)
-    assert document is not None and document["steps"] == 20
-    assert [row["speedup"] for row in document["results"]] == [1.3, 1.1, 1.5, None]
-    about = {"frames": 8, "height": 8, "width": 8, "tokens": 64, "jobs": [["one", 1]]}
-    rows = [
-        {"psnr_mean": 1.0, "psnr_std": 0.0, "ssim_mean": 1.0, "ms_ssim_mean": 1.0, **r} for r in document["results"]
-    ]
-    table = tables.video_table({**document, **about, "results": rows})
-    assert [line.split("|")[-2].strip() for line in table.splitlines()[-4:]] == [
-        "1.30x",
-        "1.10x",
-        "1.50x",
-        "not measured",
-    ]
 
 
 def test_unknown_methods_are_refused(tmp_path: Path) -> None:
@@ -148,9 +130,10 @@ def test_tables_are_filled_and_filled_again() -> None:
     assert tables.cluster_count_table(counts).endswith("| 16, 54 | " + " | ".join(["0.250"] * 8) + " |")
     errors = [{"ranked_by": name, "error at 25%": value} for name, value in (("score", 0.2), ("oracle", 0.1))]
     assert tables.routing_table({"routing": errors}).endswith("not of the centroids | 0.100 (+6.0 dB) |")
-    size = {"frames": 8, "height": 32, "width": 32, "tokens": 512, "steps": 20, "jobs": [["one", 1], ["two", 2]]}
-    video = tables.video_table({**size, "results": made_up_rows()})
+    video = tables.video_table({**ABOUT_VIDEOS, "results": made_up_rows()})
     assert video.startswith("2 videos of 8x32x32 pixels, 512 tokens, 20 steps") and video.count("dB") == 1
     assert len(video.splitlines()) == 4 + len(made_up_rows())
+    speed = tables.speed_table({**ABOUT_VIDEOS, "results": made_up_rows()})
+    assert "8x32x32 pixels" in speed and speed.endswith("| svg2 | top_p 0.9: 40.0% | 31.0 | 1.20x | 1.50x |")
     with pytest.raises(ValueError, match="no table 'video'; valid: attention, reuse"):
         tables.fill(page, "video", "")

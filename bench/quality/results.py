@@ -1,0 +1,20 @@
+"""The result files of the quality benchmarks, by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ATTENTION", "SPEED", "VIDEO", "read_results"]
+
+ATTENTION = "quality_attention"
+VIDEO = "quality_video"
+SPEED = "quality_video_speed"
+"""A run of ``bench.quality.video`` that has the machine to itself, of a video long enough to gain."""
+
+
+def read_results(folder: Path, name: str) -> dict[str, Any] | None:
+    """The document ``name`` in a folder of results; None if it is not there."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
