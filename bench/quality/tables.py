@@ -18,7 +18,15 @@ import numpy as np
 from bench.common import BENCH, RESULTS
 from bench.quality.results import ATTENTION, SPEED, VIDEO, read_results
 
-__all__ = ["attention_tables", "cluster_count_table", "fill", "reuse_table", "routing_table", "speed_table", "video_table"]
+__all__ = [
+    "attention_tables",
+    "cluster_count_table",
+    "fill",
+    "reuse_table",
+    "routing_table",
+    "speed_table",
+    "video_table",
+]
 
 PAGE = BENCH.parent / "docs" / "quality.md"
 RECALL_ROWS = {

@@ -23,7 +23,12 @@ from bench.quality.reuse import CARRIED_ITERS, COLD_ITERS
 
 DENSITIES = [0.05, 0.1, 0.25, 0.5]
 ABOUT_VIDEOS = {
-    **{"frames": 8, "height": 32, "width": 32, "tokens": 512, "steps": 20, "jobs": [["one", 1], ["two", 2]]},
+    "frames": 8,
+    "height": 32,
+    "width": 32,
+    "tokens": 512,
+    "steps": 20,
+    "jobs": [["one", 1], ["two", 2]],
     "environment": {"cpu": "a CPU", "threads": 2, "torch": "2.13.0", "commit": "abc"},
 }
 
