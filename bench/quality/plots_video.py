@@ -29,12 +29,12 @@ def plot_psnr_density(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES, 
 
 
 def plot_psnr_speed(rows: Sequence[Mapping[str, Any]], folder: Path = IMAGES, note: str = "") -> Path:
-    """quality_psnr_speed.png: PSNR against dense over the speed-up of sampling; rows as in ``plot_psnr_density``, with
+    """quality_psnr_speed.png: PSNR against dense over the speed-up of a step; rows as in ``plot_psnr_density``, with
     "speedup"."""
     figure, axes = new_figure(1, 5.4, 9.0)
     _plot_video_curves(axes, rows, "speedup", "psnr_mean", None)
     axes.axvline(1.0, color="0.7", linewidth=1)
-    finish(axes, "times faster than dense", "PSNR against dense, dB", "Quality against speed")
+    finish(axes, "a sparse step, times faster than a dense one", "PSNR against dense, dB", "Quality against speed")
     return _save_with_legend(figure, rows, folder, "quality_psnr_speed", note)
 
 

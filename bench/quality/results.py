@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ATTENTION", "SPEED", "VIDEO", "read_results"]
+__all__ = ["ATTENTION", "LONG", "SPEED", "VIDEO", "read_results"]
 
 ATTENTION = "quality_attention"
 VIDEO = "quality_video"
+LONG = "quality_video_long"
+"""``bench.quality.video`` of a video that is long enough to gain."""
 SPEED = "quality_video_speed"
-"""A run of ``bench.quality.video`` that has the machine to itself, of a video long enough to gain."""
+"""``bench.quality.speed`` at the points of that."""
 
 
 def read_results(folder: Path, name: str) -> dict[str, Any] | None:

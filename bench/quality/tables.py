@@ -119,18 +119,20 @@ def video_table(document: Mapping[str, Any]) -> str:
 
 
 def speed_table(document: Mapping[str, Any]) -> str:
-    """PSNR and speed-up, of the loop and of its sparse steps, of every method at every budget."""
+    """PSNR and the speed-up of a step, of every method at every budget."""
     rows = [
         [
             row["method"],
             _selection(row),
             f"{row['psnr_mean']:.1f}",
+            f"{row['dense_step']['median_ms'] / 1e3:.1f} s",
+            f"{row['sparse_step']['median_ms'] / 1e3:.1f} s",
             f"{row['speedup']:.2f}x",
-            f"{row['speedup_sparse_steps']:.2f}x",
+            f"{row['spread']:.0%}",
         ]
         for row in document["results"]
     ]
-    header = ["method", "selection", "PSNR, dB", "speed-up of the loop", "of the sparse steps"]
+    header = ["method", "selection", "PSNR, dB", "dense step", "sparse step", "speed-up", "spread"]
     where = f"torch {document['environment']['torch']}, commit {document['environment']['commit']}"
     return f"{_about_videos(document)}; {where}.\n\n{markdown(header, rows)}"
 

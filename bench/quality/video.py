@@ -1,14 +1,14 @@
-"""Quality of sampled videos: PSNR, SSIM and speed against density, every method on the same prompts and seeds.
+"""Quality of sampled videos: PSNR and SSIM against density, every method on the same prompts and seeds.
 
     python -m bench.quality.video --processes 2              JSON in bench/results/quality_video.json
-    python -m bench.quality.video --videos 1 --size 32x64x64 --out quality_video_speed    one point at a time: speeds
+    python -m bench.quality.video --videos 1 --size 32x64x64 --out quality_video_long    what bench.quality.speed times
     python -m bench.quality.video --quick                    one prompt, one density, a small video; writes nothing
 
 Paired: a sparse video and the dense one that it is compared with start from the same noise, run the same dense kernel
 and the same inner backend ("eager": what is compared is the attention, not the compiler around it), in float32. The
 first steps and layers are dense as published (20 % and 3 %). "density" is that of the sparse attentions;
 "density_overall" counts the dense steps and layers as well. With ``--processes 2`` two points are measured at once,
-each with half of the threads; they share the machine, so their times are not reported.
+each with half of the threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bench.quality.methods import METHODS, Method
 from bench.quality.results import VIDEO
 from svg2_compile.api import enable
 from svg2_compile.compare.comparison import Run
-from svg2_compile.compare.density import density_table, sparse_steps
+from svg2_compile.compare.density import density_table
 from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
 from svg2_compile.minidit.model import VideoSize, load_model, make_scheduler, sample_videos
 
@@ -76,7 +76,6 @@ class Sampled(Run):
 
     density: float = 1.0
     density_overall: float = 1.0
-    first_sparse_step: int = 0
 
 
 def sample(model: nn.Module, prompt: str, seed: int, setting: Setting, scheduler: Any = None) -> Sampled:
@@ -93,31 +92,26 @@ def sample(model: nn.Module, prompt: str, seed: int, setting: Setting, scheduler
 def sample_sparse(
     model: nn.Module, jobs: Sequence[Job], setting: Setting, method: Method, selection: dict[str, float]
 ) -> list[Sampled]:
-    """The videos of all (prompt, seed) by one method at one selection; compilation is not in their times."""
+    """The videos of all (prompt, seed) by one method at one selection."""
     # A graph per selection would otherwise add up to Dynamo's limit of recompilations.
     torch._dynamo.reset()
     scheduler = make_scheduler(setting.size.tokens)
     options = {**setting.options(), **method.options, **selection}
     sampled = []
     with method.clusters(setting.size), enable(model, scheduler=scheduler, **options) as enabled:
-        warm_up = Setting(setting.size, 2, setting.guidance)
-        sample(model, *jobs[0], warm_up, scheduler)
         for prompt, seed in jobs:
             enabled.reset()
             enabled.session.history.clear()
             done = sample(model, prompt, seed, setting, scheduler)
             table = density_table(enabled.report(), setting.steps)
-            steps = sparse_steps(table)
-            if not steps or table.mean_sparse is None or table.mean_overall is None:
+            if table.mean_sparse is None or table.mean_overall is None:
                 raise RuntimeError(f"{method.name} {selection}: no attention became sparse")
-            sampled.append(Sampled(done.video, done.step_seconds, table.mean_sparse, table.mean_overall, steps[0]))
+            sampled.append(Sampled(done.video, done.step_seconds, table.mean_sparse, table.mean_overall))
     return sampled
 
 
-def row(
-    method: Method, selection: dict[str, float], dense: list[Sampled], sparse: list[Sampled], timed: bool
-) -> dict[str, Any]:
-    """Means and spreads over the videos of one point of a curve; speeds if it had the machine to itself."""
+def row(method: Method, selection: dict[str, float], dense: list[Sampled], sparse: list[Sampled]) -> dict[str, Any]:
+    """Means and spreads over the videos of one point of a curve."""
     psnrs = [psnr(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
     ssims = [ssim(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
     multiscale = [multiscale_ssim(mine.video, theirs.video) for mine, theirs in zip(sparse, dense, strict=True)]
@@ -129,18 +123,7 @@ def row(
         **_spread("psnr", psnrs, 2),
         **_spread("ssim", ssims, 4),
         **_spread("ms_ssim", multiscale, 4),
-        **(_speedups(dense, sparse) if timed else {}),
         "psnr_per_video": [round(value, 2) for value in psnrs],
-    }
-
-
-def _speedups(dense: list[Sampled], sparse: list[Sampled]) -> dict[str, float]:
-    first = sparse[0].first_sparse_step
-    loop = [d.seconds / s.seconds for d, s in zip(dense, sparse, strict=True)]
-    later = [sum(d.step_seconds[first:]) / sum(s.step_seconds[first:]) for d, s in zip(dense, sparse, strict=True)]
-    return {
-        "speedup": round(statistics.median(loop), 3),
-        "speedup_sparse_steps": round(statistics.median(later), 3),
     }
 
 
@@ -181,7 +164,7 @@ def measure(
         error = pool.submit(gate, jobs, setting).result()
         dense = list(pool.map(functools.partial(_dense, setting), jobs))
         for point, sparse in zip(chosen, pool.map(functools.partial(_sparse, setting, jobs), chosen), strict=True):
-            rows.append(row(*point, dense, sparse, timed=processes == 1))
+            rows.append(row(*point, dense, sparse))
             print(rows[-1], flush=True)
     return error, rows
 

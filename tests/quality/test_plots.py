@@ -31,6 +31,7 @@ ABOUT_VIDEOS = {
     "jobs": [["one", 1], ["two", 2]],
     "environment": {"cpu": "a CPU", "threads": 2, "torch": "2.13.0", "commit": "abc"},
 }
+STEP_TIMES = {"dense_step": {"median_ms": 3000.0}, "sparse_step": {"median_ms": 2000.0}, "spread": 0.123}
 
 
 @pytest.fixture
@@ -72,13 +73,13 @@ def made_up_rows() -> list[dict[str, Any]]:
             "density": density,
             "psnr_mean": 20 + 30 * density,
             "speedup": 1 / (density + 0.3),
-            "speedup_sparse_steps": 1 / (density + 0.2),
+            **STEP_TIMES,
             **quality,
         }
         for method in methods
         for density in DENSITIES
     ]
-    speed = {"speedup": 1.2, "speedup_sparse_steps": 1.5}
+    speed = {"speedup": 1.2, **STEP_TIMES}
     return [*rows, {"method": "svg2", "top_p": 0.9, "density": 0.4, "psnr_mean": 31.0, **speed, **quality}]
 
 
@@ -139,6 +140,8 @@ def test_tables_are_filled_and_filled_again() -> None:
     assert video.startswith("2 videos of 8x32x32 pixels, 512 tokens, 20 steps") and video.count("dB") == 1
     assert len(video.splitlines()) == 4 + len(made_up_rows())
     speed = tables.speed_table({**ABOUT_VIDEOS, "results": made_up_rows()})
-    assert "8x32x32 pixels" in speed and speed.endswith("| svg2 | top_p 0.9: 40.0% | 31.0 | 1.20x | 1.50x |")
+    assert "8x32x32 pixels" in speed and speed.endswith(
+        "| svg2 | top_p 0.9: 40.0% | 31.0 | 3.0 s | 2.0 s | 1.20x | 12% |"
+    )
     with pytest.raises(ValueError, match="no table 'video'; valid: attention, reuse"):
         tables.fill(page, "video", "")
