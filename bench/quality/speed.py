@@ -1,11 +1,11 @@
 """Speed of a denoising step at points whose quality is known: dense and sparse steps side by side.
 
     python -m bench.quality.video --videos 1 --size 32x64x64 --out quality_video_long    the quality of every point
-    python -m bench.quality.speed            its speed (about 25 minutes); quality_video_speed.json
+    python -m bench.quality.speed            its speed (about 13 minutes); quality_video_speed.json
     python -m bench.quality.speed --quick    one round of one point, a small video; writes nothing
 
 In the minutes that a whole loop takes, a shared machine changes its speed by more than methods differ. So every point
-is timed over short videos, the sparse steps of each against the dense ones just before them, and points take turns.
+is timed over short videos, the sparse steps of each against the dense ones just before them, and rounds take turns.
 The inner backend is "eager", as where the quality was measured.
 """
 
@@ -64,16 +64,16 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def speed_row(quality: Mapping[str, Any], rounds: Sequence[StepTimes]) -> dict[str, Any]:
-    """Quality and speed of a point: the median over rounds of the speed-up of a step, and its spread."""
-    speedups = [times.speedup for times in rounds]
-    median = statistics.median(speedups)
+    """Quality and speed of a point: the median over rounds of the speed-up of a step, and the range from the fastest
+    sparse against the slowest dense step to the reverse."""
+    dense, sparse = ([seconds for times in rounds for seconds in times[kind]] for kind in (0, 1))
     what = ("method", "density", "psnr_mean", "ssim_mean", "ms_ssim_mean")
     return {
         **{name: quality[name] for name in what},
-        "dense_step": _timing([seconds for times in rounds for seconds in times.dense]),
-        "sparse_step": _timing([seconds for times in rounds for seconds in times.sparse]),
-        "speedup": round(median, 3),
-        "spread": round((max(speedups) - min(speedups)) / median, 3),
+        "dense_step": _timing(dense),
+        "sparse_step": _timing(sparse),
+        "speedup": round(statistics.median(times.speedup for times in rounds), 3),
+        "speedup_range": [round(min(dense) / max(sparse), 3), round(max(dense) / min(sparse), 3)],
     }
 
 
@@ -84,7 +84,7 @@ def _timing(seconds: Sequence[float]) -> dict[str, float | int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of one point, a small video; writes nothing")
-    parser.add_argument("--rounds", type=int, default=2, help="short videos of every point (default 2)")
+    parser.add_argument("--rounds", type=int, default=1, help="short videos of every point (default 1)")
     arguments = parser.parse_args()
     quality = read_results(RESULTS, LONG)
     if quality is None:

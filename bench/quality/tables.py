@@ -128,11 +128,11 @@ def speed_table(document: Mapping[str, Any]) -> str:
             f"{row['dense_step']['median_ms'] / 1e3:.1f} s",
             f"{row['sparse_step']['median_ms'] / 1e3:.1f} s",
             f"{row['speedup']:.2f}x",
-            f"{row['spread']:.0%}",
+            "{:.2f} to {:.2f}x".format(*row["speedup_range"]),
         ]
         for row in document["results"]
     ]
-    header = ["method", "selection", "PSNR, dB", "dense step", "sparse step", "speed-up", "spread"]
+    header = ["method", "selection", "PSNR, dB", "dense step", "sparse step", "speed-up", "slowest to fastest"]
     where = f"torch {document['environment']['torch']}, commit {document['environment']['commit']}"
     return f"{_about_videos(document)}; {where}.\n\n{markdown(header, rows)}"
 

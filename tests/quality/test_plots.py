@@ -31,7 +31,7 @@ ABOUT_VIDEOS = {
     "jobs": [["one", 1], ["two", 2]],
     "environment": {"cpu": "a CPU", "threads": 2, "torch": "2.13.0", "commit": "abc"},
 }
-STEP_TIMES = {"dense_step": {"median_ms": 3000.0}, "sparse_step": {"median_ms": 2000.0}, "spread": 0.123}
+STEP_TIMES = {"dense_step": {"median_ms": 3000.0}, "sparse_step": {"median_ms": 2000.0}, "speedup_range": [1.1, 1.6]}
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_tables_are_filled_and_filled_again() -> None:
     assert len(video.splitlines()) == 4 + len(made_up_rows())
     speed = tables.speed_table({**ABOUT_VIDEOS, "results": made_up_rows()})
     assert "8x32x32 pixels" in speed and speed.endswith(
-        "| svg2 | top_p 0.9: 40.0% | 31.0 | 3.0 s | 2.0 s | 1.20x | 12% |"
+        "| svg2 | top_p 0.9: 40.0% | 31.0 | 3.0 s | 2.0 s | 1.20x | 1.10 to 1.60x |"
     )
     with pytest.raises(ValueError, match="no table 'video'; valid: attention, reuse"):
         tables.fill(page, "video", "")
