@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ class Timing:
     """Times of one function over repeated runs, in milliseconds."""
 
     runs_ms: tuple[float, ...]
+
+    @classmethod
+    def of_seconds(cls, seconds: Iterable[float]) -> Timing:
+        return cls(tuple(1e3 * second for second in seconds))
 
     @property
     def median_ms(self) -> float:

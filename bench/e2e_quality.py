@@ -82,15 +82,11 @@ def run_case(size: VideoSize, steps: int, options: dict[str, Any]) -> dict[str, 
         "sparse_s": round(pair.sparse.seconds, 1),
         "speedup": round(pair.speedup, 3),
         "speedup_sparse_steps": round(speedup, 3),
-        "dense_step": _steps(pair.dense.step_seconds),
-        "sparse_step": _steps([pair.sparse.step_seconds[step] for step in warm]),
+        "dense_step": Timing.of_seconds(pair.dense.step_seconds).to_json(),
+        "sparse_step": Timing.of_seconds(pair.sparse.step_seconds[step] for step in warm).to_json(),
         "cold_start_step_s": round(pair.sparse.step_seconds[cold], 2),
         "share_of_sparse_steps": stage_shares(size, options),
     }
-
-
-def _steps(seconds: list[float]) -> dict[str, float | int]:
-    return Timing(tuple(1e3 * second for second in seconds)).to_json()
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from svg2_compile.kernels.cpu_cluster import permute_tokens, unpermute_tokens
+from svg2_compile.kernels.cpu_cluster import gather_rows, permute_tokens, unpermute_tokens
 from svg2_compile.kernels.cpu_keys import Head, KeyTable
 from svg2_compile.kernels.tuning import tuned
 
@@ -189,7 +189,7 @@ def _attend(
     first = torch.tensor([[group.first_row] for group in groups])
     last = torch.tensor([[group.first_row + group.num_rows - 1] for group in groups])
     index = first + torch.arange(num_rows)
-    query = rows.index_select(0, torch.minimum(index, last).flatten()).to(torch.float32).unflatten(0, index.shape)
+    query = gather_rows(rows, torch.minimum(index, last)).to(torch.float32)
     outs, sums = attend_to_keys(query, *_gathered(keys, [group.key_rows for group in groups], parts), scale, parts)
     index = index.masked_fill_(index > last, rows.shape[0]).flatten()
     out.index_copy_(0, index, outs.flatten(0, 1).to(out.dtype))
@@ -201,8 +201,7 @@ def _gathered(keys: KeyTable, lists: Sequence[Tensor], parts: int) -> tuple[Tens
     if len(lists) == 1 and lists[0].shape[0] % parts == 0:
         run = keys.run_of_tokens(lists[0])
         if run is not None:
-            key, value = keys.run(run)
-            return key.unsqueeze(0), value.unsqueeze(0), None
+            return run[0].unsqueeze(0), run[1].unsqueeze(0), None
     index = torch.nn.utils.rnn.pad_sequence(list(lists), batch_first=True, padding_value=keys.padding_row)
     index = pad(index, (0, -index.shape[1] % parts), value=keys.padding_row)
     key, value = keys.gather(index)

@@ -121,6 +121,11 @@ def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
     return out
 
 
+def gather_rows(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows of tokens [n, D] by index [...]: [..., D]. Several times as fast as ``tokens[index]``."""
+    return tokens.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
 def unpermute_tokens(x: Tensor, order: Tensor) -> Tensor:
     """Token order[r] of the result is row r, laid out token by token; see ``ops.unpermute_tokens``."""
     batch, heads, num_tokens, head_dim = x.shape

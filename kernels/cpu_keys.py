@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.cpu_cluster import gather_rows
+
 MAX_LISTED_AT_ONCE = 1 << 20  # keys; a list takes 32 bytes per key while it is made
 
 Head = tuple[int, int]
@@ -58,11 +60,7 @@ class KeyTable:
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [..., D] and values [..., Dv] of the rows of an index [...]."""
-        return self._split(self.rows.index_select(0, index.flatten()).unflatten(0, index.shape))
-
-    def run(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Keys [n, D] and values [n, Dv] of consecutive rows, as views."""
-        return self._split(self.rows[rows])
+        return self._split(gather_rows(self.rows, index))
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows[..., : self.head_dim], rows[..., self.head_dim :]
@@ -90,9 +88,10 @@ class KeyTable:
             rows = torch.repeat_interleave(shift, length, output_size=sum(num_rows))
             yield from rows.add_(torch.arange(rows.shape[0])).split(num_rows)
 
-    def run_of_tokens(self, index: Tensor) -> slice | None:
-        """A list as a slice if it is one run of tokens, as at top_p = 1: nothing to gather, no bias."""
+    def run_of_tokens(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Views of the keys and values of a list if it is one run of tokens, as at top_p = 1: nothing to gather, no
+        bias."""
         first, last = int(index[0]), int(index[-1])
         if last - first + 1 != index.shape[0] or last % self.rows_per_head >= self.num_tokens:
             return None
-        return slice(first, last + 1)
+        return self._split(self.rows[first : last + 1])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.cpu_cluster import gather_rows
 from svg2_compile.kernels.tuning import tuned
 
 
@@ -149,10 +150,10 @@ def _log_errors(
     errors_per_tile = tuned("cpu_error", key.device, key.dtype, key.shape[1], key.shape[0])["ERRORS_PER_TILE"]
     for clusters, rows in _tiles_of_clusters(k_sizes, max(1, errors_per_tile // queries.shape[0])):
         # Padding is at the centroid: its weight is exactly 0.
-        distance = _rows(key_differences, rows) @ scaled_queries.t()
+        distance = gather_rows(key_differences, rows) @ scaled_queries.t()
         shift = distance.amax(dim=1, keepdim=True).clamp_(min=0.0)
         weights = distance.sub_(shift).exp_().sub_(torch.exp(-shift))
-        error = weights.transpose(1, 2) @ _rows(value_differences, rows)
+        error = weights.transpose(1, 2) @ gather_rows(value_differences, rows)
         mean_to_output = v_centroids.index_select(0, clusters).unsqueeze(1) - outputs
         error.addcmul_(weights.sum(dim=1).unsqueeze(-1), mean_to_output)
         log_sums[clusters] = error.square_().sum(dim=-1).log_().add_(shift.squeeze(1), alpha=2)
@@ -166,11 +167,6 @@ def _differences_to_means(tokens: Tensor, means: Tensor, sizes: Tensor) -> Tenso
     differences = means.new_zeros(mean_of_token.shape[0] + 1, means.shape[1])
     torch.sub(tokens[: mean_of_token.shape[0]].to(torch.float32), mean_of_token, out=differences[:-1])
     return differences
-
-
-def _rows(tokens: Tensor, index: Tensor) -> Tensor:
-    """Rows of tokens [n, D] by index [c, l]: [c, l, D]."""
-    return tokens.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def _tiles_of_clusters(k_sizes: Tensor, tokens_per_tile: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,16 +17,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from bench.common import RESULTS, Timing, write_results
 from bench.minidit.sample import PROMPTS
 from bench.quality.methods import METHODS, Method
 from bench.quality.results import LONG, SPEED, read_results
-from bench.quality.video import Point, Setting, gate, sample
-from svg2_compile.api import enable
-from svg2_compile.minidit.model import VideoSize, load_model, make_scheduler
+from bench.quality.video import Point, Setting, gate, made_sparse, sample
+from svg2_compile.minidit.model import VideoSize, load_model
 
 __all__ = ["StepTimes", "points_of", "speed_row", "time_steps"]
 
@@ -47,20 +45,18 @@ class StepTimes(NamedTuple):
 
 def time_steps(model: nn.Module, setting: Setting, point: Point) -> StepTimes:
     """One short video of a point."""
-    method, selection = point
-    torch._dynamo.reset()
-    scheduler = make_scheduler(setting.size.tokens)
-    options = {**setting.options(), **method.options, **selection}
-    with method.clusters(setting.size), enable(model, scheduler=scheduler, **options):
+    with made_sparse(model, setting, point) as (_, scheduler):
         seconds = sample(model, PROMPTS[0], 100, setting, scheduler).step_seconds
     return StepTimes(seconds[1:DENSE_STEPS], seconds[DENSE_STEPS + 1 :])
 
 
-def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The methods and budgets of the rows of a quality run. Budgets end with a whole block, a little above what was
-    asked for."""
+def points_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Point]]:
+    """The rows of a quality run that had a budget, each with its method and budget. Budgets end with a whole block, a
+    little above what was asked for."""
     methods: dict[str, Method] = {method.name: method for method in METHODS}
-    return [(methods[row["method"]], {"density": round(row["density"], 2)}) for row in rows if "top_p" not in row]
+    return [
+        (row, (methods[row["method"]], {"density": round(row["density"], 2)})) for row in rows if "top_p" not in row
+    ]
 
 
 def speed_row(quality: Mapping[str, Any], rounds: Sequence[StepTimes]) -> dict[str, Any]:
@@ -70,15 +66,11 @@ def speed_row(quality: Mapping[str, Any], rounds: Sequence[StepTimes]) -> dict[s
     what = ("method", "density", "psnr_mean", "ssim_mean", "ms_ssim_mean")
     return {
         **{name: quality[name] for name in what},
-        "dense_step": _timing(dense),
-        "sparse_step": _timing(sparse),
+        "dense_step": Timing.of_seconds(dense).to_json(),
+        "sparse_step": Timing.of_seconds(sparse).to_json(),
         "speedup": round(statistics.median(times.speedup for times in rounds), 3),
         "speedup_range": [round(min(dense) / max(sparse), 3), round(max(dense) / min(sparse), 3)],
     }
-
-
-def _timing(seconds: Sequence[float]) -> dict[str, float | int]:
-    return Timing(tuple(1e3 * second for second in seconds)).to_json()
 
 
 def main() -> None:
@@ -89,16 +81,16 @@ def main() -> None:
     quality = read_results(RESULTS, LONG)
     if quality is None:
         raise SystemExit(f"no {LONG}.json in {RESULTS}; bench.quality.video --out {LONG} makes it")
-    rows = [row for row in quality["results"] if "top_p" not in row][: 1 if arguments.quick else None]
+    chosen = points_of(quality["results"])[: 1 if arguments.quick else None]
     size = VideoSize(8, 32, 32) if arguments.quick else VideoSize(*(quality[k] for k in ("frames", "height", "width")))
     setting = Setting(size, STEPS, quality["guidance"], dense_steps=DENSE_STEPS)
     error = gate([(PROMPTS[0], 100)], Setting(VideoSize(8, 32, 32), STEPS, quality["guidance"]))
     model, times = load_model(), defaultdict(list)
     for _ in range(1 if arguments.quick else arguments.rounds):
-        for index, point in enumerate(points_of(rows)):
+        for index, (_, point) in enumerate(chosen):
             times[index].append(time_steps(model, setting, point))
             print(point[0].name, point[1], times[index][-1], flush=True)
-    results = [speed_row(row, times[index]) for index, row in enumerate(rows)]
+    results = [speed_row(row, times[index]) for index, (row, _) in enumerate(chosen)]
     if not arguments.quick:
         described = {name: quality[name] for name in ("frames", "height", "width", "tokens", "steps", "jobs")}
         print(

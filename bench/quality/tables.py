@@ -28,6 +28,8 @@ __all__ = [
     "video_table",
 ]
 
+Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
+"""What a table shows of a result, by the column's name."""
 PAGE = BENCH.parent / "docs" / "quality.md"
 RECALL_ROWS = {
     "oracle_tokens": "best keys of every query",
@@ -104,37 +106,31 @@ def routing_table(document: Mapping[str, Any]) -> str:
 
 def video_table(document: Mapping[str, Any]) -> str:
     """PSNR and SSIM of every method at every budget, and of the selections by mass."""
-    rows = [
-        [
-            row["method"],
-            _selection(row),
-            f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}",
-            f"{row['ssim_mean']:.3f}",
-            f"{row['ms_ssim_mean']:.3f}",
-        ]
-        for row in document["results"]
-    ]
-    header = ["method", "selection", "PSNR, dB", "SSIM", "multi-scale SSIM"]
-    return f"{_about_videos(document)}; mean ± deviation over videos.\n\n{markdown(header, rows)}"
+    columns: Columns = {
+        "PSNR, dB": lambda row: f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}",
+        "SSIM": lambda row: f"{row['ssim_mean']:.3f}",
+        "multi-scale SSIM": lambda row: f"{row['ms_ssim_mean']:.3f}",
+    }
+    return f"{_about_videos(document)}; mean ± deviation over videos.\n\n{_points(document, columns)}"
 
 
 def speed_table(document: Mapping[str, Any]) -> str:
     """PSNR and the speed-up of a step, of every method at every budget."""
-    rows = [
-        [
-            row["method"],
-            _selection(row),
-            f"{row['psnr_mean']:.1f}",
-            f"{row['dense_step']['median_ms'] / 1e3:.1f} s",
-            f"{row['sparse_step']['median_ms'] / 1e3:.1f} s",
-            f"{row['speedup']:.2f}x",
-            "{:.2f} to {:.2f}x".format(*row["speedup_range"]),
-        ]
-        for row in document["results"]
-    ]
-    header = ["method", "selection", "PSNR, dB", "dense step", "sparse step", "speed-up", "slowest to fastest"]
+    columns: Columns = {
+        "PSNR, dB": lambda row: f"{row['psnr_mean']:.1f}",
+        "dense step": lambda row: f"{row['dense_step']['median_ms'] / 1e3:.1f} s",
+        "sparse step": lambda row: f"{row['sparse_step']['median_ms'] / 1e3:.1f} s",
+        "speed-up": lambda row: f"{row['speedup']:.2f}x",
+        "slowest to fastest": lambda row: "{:.2f} to {:.2f}x".format(*row["speedup_range"]),
+    }
     where = f"torch {document['environment']['torch']}, commit {document['environment']['commit']}"
-    return f"{_about_videos(document)}; {where}.\n\n{markdown(header, rows)}"
+    return f"{_about_videos(document)}; {where}.\n\n{_points(document, columns)}"
+
+
+def _points(document: Mapping[str, Any], columns: Columns) -> str:
+    """A row per method and selection, with these columns."""
+    rows = [[row["method"], _selection(row), *(show(row) for show in columns.values())] for row in document["results"]]
+    return markdown(["method", "selection", *columns], rows)
 
 
 def _about_videos(document: Mapping[str, Any]) -> str:

@@ -14,12 +14,13 @@ each with half of the threads.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ from bench.common import require_close, write_results
 from bench.minidit.sample import PROMPTS, video_size
 from bench.quality.methods import METHODS, Method
 from bench.quality.results import VIDEO
-from svg2_compile.api import enable
+from svg2_compile.api import Enabled, enable
 from svg2_compile.compare.comparison import Run
 from svg2_compile.compare.density import density_table
 from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
@@ -89,16 +90,24 @@ def sample(model: nn.Module, prompt: str, seed: int, setting: Setting, scheduler
     return Sampled(video, [end - begin for begin, end in itertools.pairwise(ends)])
 
 
-def sample_sparse(
-    model: nn.Module, jobs: Sequence[Job], setting: Setting, method: Method, selection: dict[str, float]
-) -> list[Sampled]:
-    """The videos of all (prompt, seed) by one method at one selection."""
+@contextlib.contextmanager
+def made_sparse(model: nn.Module, setting: Setting, point: Point) -> Iterator[tuple[Enabled, Any]]:
+    """Within it the model runs as the point says. Yields the enabled model and the scheduler that tells its steps."""
+    method, selection = point
     # A graph per selection would otherwise add up to Dynamo's limit of recompilations.
     torch._dynamo.reset()
     scheduler = make_scheduler(setting.size.tokens)
     options = {**setting.options(), **method.options, **selection}
-    sampled = []
     with method.clusters(setting.size), enable(model, scheduler=scheduler, **options) as enabled:
+        yield enabled, scheduler
+
+
+def sample_sparse(
+    model: nn.Module, jobs: Sequence[Job], setting: Setting, method: Method, selection: dict[str, float]
+) -> list[Sampled]:
+    """The videos of all (prompt, seed) by one method at one selection."""
+    sampled = []
+    with made_sparse(model, setting, (method, selection)) as (enabled, scheduler):
         for prompt, seed in jobs:
             enabled.reset()
             enabled.session.history.clear()
@@ -182,7 +191,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--videos", type=int, default=4, help="prompts, each with a seed of its own (default 4)")
-    parser.add_argument("--first", type=int, default=0, help="the first of these prompts (default 0)")
     names = [method.name for method in METHODS]
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD", help=", ".join(names))
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES, metavar="DENSITY")
@@ -195,7 +203,7 @@ def main() -> None:
     steps = 6 if arguments.quick else arguments.steps
     setting = Setting(size, steps, arguments.guidance, num_q_clusters=arguments.query_clusters)
     count = 1 if arguments.quick else arguments.videos
-    jobs = [(PROMPTS[index % len(PROMPTS)], 100 + index) for index in range(arguments.first, arguments.first + count)]
+    jobs = [(PROMPTS[index % len(PROMPTS)], 100 + index) for index in range(count)]
     methods = [method for method in METHODS if method.name in arguments.methods]
     chosen = ((0.25,), ()) if arguments.quick else (arguments.densities, arguments.top_p)
     error, rows = measure(setting, jobs, points(methods, *chosen), arguments.processes)

@@ -14,7 +14,8 @@ QUALITY = {"method": "tiles+comp", "density": 0.1518, "psnr_mean": 20.0, "ssim_m
 
 
 def test_points_are_what_the_quality_run_asked_for() -> None:
-    ((method, selection),) = points_of([QUALITY, {**QUALITY, "top_p": 0.9}])
+    ((row, (method, selection)),) = points_of([QUALITY, {**QUALITY, "top_p": 0.9}])
+    assert row == QUALITY
     assert (method.name, selection) == ("tiles+comp", {"density": 0.15})
 
 
