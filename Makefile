@@ -49,8 +49,8 @@ $(NEWEST_STAMP): $(STAMP)
 
 ifeq ($(shell uname -s),Linux)
 newest-triton: $(NEWEST_STAMP)
-	PYTHONPATH=.triton-newest $(RUN) -m pytest tests/kernels/test_triton_resources.py \
-		tests/kernels/test_triton_rehearsal.py tests/kernels/test_triton_interpreted.py
+	PYTHONPATH=.triton-newest $(RUN) -m pytest tests/kernels/triton/test_resources.py \
+		tests/kernels/triton/test_rehearsal.py tests/kernels/triton/test_interpreted.py
 else
 newest-triton:
 	@echo "Triton is on PyPI for Linux only: its kernels are not checked here"

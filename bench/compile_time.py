@@ -18,7 +18,7 @@ from diffusers import WanTransformer3DModel
 
 import svg2_compile
 from bench.common import require_close, write_results
-from svg2_compile.inner_backend import compile_inner
+from svg2_compile.codegen.inner_backend import compile_inner
 
 # Every self-attention becomes sparse, and both graphs are compiled.
 OPTIONS: dict[str, Any] = {"min_tokens": 0, "dense_steps": 1, "dense_layers": 0, "top_p": 1.0, "min_k_ratio": 1.0}

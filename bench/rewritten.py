@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.shape import Shape
-from svg2_compile.config import Svg2Config
 from svg2_compile.kernels import ops
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["Inputs", "Rewritten", "Settings", "make_inputs"]
 

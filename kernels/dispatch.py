@@ -27,8 +27,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 IMPLEMENTATIONS = {
-    "reference": Implementation("svg2_compile.kernels.reference", ("cpu", "cuda")),
-    "cpu": Implementation("svg2_compile.kernels.cpu", ("cpu",)),
+    "reference": Implementation("svg2_compile.kernels.reference.implementation", ("cpu", "cuda")),
+    "cpu": Implementation("svg2_compile.kernels.cpu.implementation", ("cpu",)),
     "triton": Implementation(
         "svg2_compile.kernels.triton.implementation",
         ("cpu", "cuda") if _INTERPRETED else ("cuda",),

@@ -19,7 +19,8 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS, CountRule
 from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
-from svg2_compile.passes.axes import Factor, same_length, size_expr
+from svg2_compile.passes.attention.find import AttentionCall, UnreadableAttention
+from svg2_compile.passes.attention.key_padding import KeyPadding, MaskSkip, read_key_padding
 from svg2_compile.passes.cost_model import (
     REFERENCE,
     CostInputs,
@@ -28,9 +29,8 @@ from svg2_compile.passes.cost_model import (
     profile_for,
     speedup,
 )
-from svg2_compile.passes.fake_values import fake_mode_of_values, node_value
-from svg2_compile.passes.find_attention import AttentionCall, UnreadableAttention
-from svg2_compile.passes.key_padding import KeyPadding, MaskSkip, read_key_padding
+from svg2_compile.passes.graph.values import fake_mode_of_values, node_value
+from svg2_compile.passes.layout.axes import Factor, same_length, size_expr
 from svg2_compile.passes.token_layout import TokenLayouts
 
 __all__ = ["Site", "SitePolicy", "Skip", "decide_sites"]

@@ -31,7 +31,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from svg2_compile.passes.graph_builder import fake_mode_of, metadata_key
+from svg2_compile.passes.graph.builder import fake_mode_of, metadata_key
 from svg2_compile.passes.sparsify import Clustering, SparseSite
 
 __all__ = ["StateSlot", "StateSpec", "hoist_centroids"]

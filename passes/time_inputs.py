@@ -17,7 +17,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from svg2_compile.passes.fake_values import node_value
+from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.token_layout import TokenLayouts
 
 _PERIODIC = frozenset({"sin", "cos", "sin_", "cos_", "sincos", "polar"})

@@ -1,7 +1,7 @@
 """Analysis: where the positions of every axis of every tensor in a graph come from.
 
 An abstract interpretation: the graph runs on fresh fake tensors (no data, no gradients) under a dispatch mode that
-carries `axes.Axis` values by the rules of `layout_rules`. Because it works at the dispatcher, it serves Dynamo's
+carries `axes.Axis` values by the rules of `layout.rules`. Because it works at the dispatcher, it serves Dynamo's
 torch-level graphs and ATen graphs of torch.export alike, also inside a Dynamo backend call.
 
     hidden_states [1, 4, 2, 16, 16] -> conv3d -> flatten -> transpose -> linear -> query
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from svg2_compile.passes.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Segment, collapse, make_axis
-from svg2_compile.passes.latent_inputs import find_latent
-from svg2_compile.passes.layout_interpreter import interpret
-from svg2_compile.passes.layout_mode import AttentionAxes
+from svg2_compile.passes.layout.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Segment, collapse, make_axis
+from svg2_compile.passes.layout.interpreter import interpret
+from svg2_compile.passes.layout.latent import find_latent
+from svg2_compile.passes.layout.mode import AttentionAxes
 
 
 @dataclass(frozen=True, slots=True)

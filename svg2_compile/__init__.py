@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svg2_compile.api import Enabled, disable, enable, report, reset
     from svg2_compile.compare.paired import compare_with_dense
-    from svg2_compile.config import ConfigError, Svg2Config
     from svg2_compile.explanation import explain
     from svg2_compile.export.aoti import package
     from svg2_compile.export.errors import ExportError, FileDamaged
     from svg2_compile.export.file import load, save
     from svg2_compile.export.transform import transform
     from svg2_compile.export.transformed import TransformedProgram
-    from svg2_compile.reports import Report
+    from svg2_compile.reporting.report import Report
+    from svg2_compile.settings.config import ConfigError, Svg2Config
 
 __all__ = [
     "ConfigError",
@@ -48,12 +48,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "ConfigError": "svg2_compile.config",
+    "ConfigError": "svg2_compile.settings.config",
     "Enabled": "svg2_compile.api",
     "ExportError": "svg2_compile.export.errors",
     "FileDamaged": "svg2_compile.export.errors",
-    "Report": "svg2_compile.reports",
-    "Svg2Config": "svg2_compile.config",
+    "Report": "svg2_compile.reporting.report",
+    "Svg2Config": "svg2_compile.settings.config",
     "TransformedProgram": "svg2_compile.export.transformed",
     "compare_with_dense": "svg2_compile.compare.paired",
     "disable": "svg2_compile.api",

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from svg2_compile.backend import Svg2Backend
-from svg2_compile.clock import SchedulerClock, TimestepClock
-from svg2_compile.config import Svg2Config
 from svg2_compile.explanation import enabled_dynamo_settings
-from svg2_compile.reports import Report
-from svg2_compile.runtime import Session, report_of, sessions
-from svg2_compile.scheduler_hook import SchedulerHook
+from svg2_compile.reporting.report import Report
+from svg2_compile.runtime.clock import SchedulerClock, TimestepClock
+from svg2_compile.runtime.scheduler import SchedulerHook
+from svg2_compile.runtime.session import Session, report_of, sessions
+from svg2_compile.settings.config import Svg2Config
 
 if TYPE_CHECKING:
     from svg2_compile.export.transformed import TransformedProgram

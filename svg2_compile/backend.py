@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from svg2_compile.config import Svg2Config
-from svg2_compile.debug import get_logger
-from svg2_compile.inner_backend import compile_inner
-from svg2_compile.passes.graph_builder import copy_graph_module, metadata_key
+from svg2_compile.codegen.inner_backend import compile_inner
+from svg2_compile.logs.logger import get_logger
+from svg2_compile.passes.graph.builder import copy_graph_module, metadata_key
 from svg2_compile.pipeline import PIPELINE, Compilation, run_passes
-from svg2_compile.program import CompiledGraph, DenoisingProgram
-from svg2_compile.reports import GraphReport, SiteReport, describe
-from svg2_compile.runtime import Session, TimeReader
+from svg2_compile.reporting.report import GraphReport, SiteReport, describe
+from svg2_compile.runtime.program import CompiledGraph, DenoisingProgram
+from svg2_compile.runtime.session import Session, TimeReader
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["Svg2Backend", "device_of", "svg2"]
 

@@ -10,10 +10,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from svg2_compile.backend import device_of
-from svg2_compile.config import Svg2Config
-from svg2_compile.passes.graph_builder import copy_graph_module
+from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.pipeline import ANALYSES, Compilation, run_passes
-from svg2_compile.reports import GraphReport, Report, describe
+from svg2_compile.reporting.report import GraphReport, Report, describe
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["enabled_dynamo_settings", "explain"]
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from svg2_compile.config import Svg2Config
-from svg2_compile.debug import dump_graph, get_logger
+from svg2_compile.logs.logger import dump_graph, get_logger
+from svg2_compile.passes.attention.find import AttentionCall, UnreadableAttention, find_attention
 from svg2_compile.passes.decide_sites import Site, Skip, decide_sites
-from svg2_compile.passes.find_attention import AttentionCall, UnreadableAttention, find_attention
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.sparsify import SparseSite, sparsify
 from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
+from svg2_compile.settings.config import Svg2Config
 
 log = get_logger()
 

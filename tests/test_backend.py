@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import svg2_compile
-from svg2_compile.inner_backend import compile_inner
+from svg2_compile.codegen.inner_backend import compile_inner
 from tests.support import IDENTITY, SELECTION, assert_close, at_timestep, first_output
 from tests.zoo.models import build
 

@@ -15,7 +15,7 @@ def no_sparse_operator(monkeypatch):
     def fail(*_):
         raise AssertionError("explain ran a sparse operator")
 
-    monkeypatch.setattr("svg2_compile.kernels.cpu.kmeans", fail)
+    monkeypatch.setattr("svg2_compile.kernels.cpu.implementation.kmeans", fail)
 
 
 def test_the_default_says_why_a_short_sequence_stays_dense(no_sparse_operator):

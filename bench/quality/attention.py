@@ -38,10 +38,10 @@ from bench.quality.position import KINDS
 from bench.quality.results import ATTENTION
 from bench.quality.reuse import ReuseStudy
 from bench.quality.routing import RoutingStudy
-from svg2_compile.config import Svg2Config
 from svg2_compile.explanation import explain
 from svg2_compile.minidit.model import CONFIG, VideoSize, initial_noise, load_model, with_coordinates
 from svg2_compile.minidit.prompts import encode_prompt
+from svg2_compile.settings.config import Svg2Config
 
 RECALL_DENSITIES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.35, 0.50)
 ERROR_DENSITIES = (0.05, 0.10, 0.15, 0.25, 0.35, 0.50)

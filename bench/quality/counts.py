@@ -15,7 +15,7 @@ from bench.quality.capture import Attention
 from bench.quality.clusters import Budget, SparseAttention, cluster
 from bench.quality.exact import block_mass, recall, sampled_rows
 from bench.quality.measure import VARIANTS, average, error_curves, interpolate
-from svg2_compile.config import Svg2Config
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["DENSITIES", "FACTORS", "SHOWN", "CountStudy"]
 

@@ -12,7 +12,7 @@ from bench.common import require_close
 from bench.quality.capture import Attention
 from bench.quality.clusters import Budget, Clustering, Side, SparseAttention
 from bench.quality.exact import best_blocks, block_mass, exact_rows, recall, sampled_rows, token_recall
-from svg2_compile.config import Svg2Config
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["VARIANTS", "average", "cluster_statistics", "error_curves", "interpolate", "recall_curves", "require_exact"]
 

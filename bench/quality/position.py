@@ -19,7 +19,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels.cpu import (
+from svg2_compile.kernels.cpu.implementation import (
     block_density,
     block_sparse_attention,
     cluster_means,

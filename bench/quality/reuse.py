@@ -9,7 +9,7 @@ from bench.quality.capture import Attention
 from bench.quality.clusters import Budget, Clustering, SparseAttention, cluster, keep_labels
 from bench.quality.exact import block_mass, recall, sampled_rows
 from bench.quality.measure import average, variance_within
-from svg2_compile.config import Svg2Config
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["CARRIED_ITERS", "COLD_ITERS", "ReuseStudy"]
 

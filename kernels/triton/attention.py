@@ -21,7 +21,7 @@ from svg2_compile.kernels.triton.launch import (
 from svg2_compile.kernels.triton.plan import AttentionPlan, Blocks, label_keys, plan_rows, row_key_counts, write_lists
 from svg2_compile.kernels.triton.primitives import LOG2_E
 from svg2_compile.kernels.triton.workspace import Workspace, plan_workspace
-from svg2_compile.kernels.tuning import tuned
+from svg2_compile.kernels.tuning.lookup import tuned
 
 __all__ = ["block_density", "block_sparse_attention"]
 

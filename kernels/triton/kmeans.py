@@ -20,7 +20,7 @@ from svg2_compile.kernels.triton.launch import device_of, padded, require_head_d
 from svg2_compile.kernels.triton.means import ROWS_PER_STEP, sum_segment
 from svg2_compile.kernels.triton.order import counting_sort
 from svg2_compile.kernels.triton.primitives import EXACT, head_base, load_rows
-from svg2_compile.kernels.tuning import tuned
+from svg2_compile.kernels.tuning.lookup import tuned
 
 __all__ = ["kmeans"]
 

@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from svg2_compile.kernels.defaults import imagined_capability
 from svg2_compile.kernels.triton import launch as launching
+from svg2_compile.kernels.tuning.defaults import imagined_capability
 
 __all__ = [
     "TARGETS",

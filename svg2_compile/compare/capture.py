@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from svg2_compile.clock import SchedulerClock
 from svg2_compile.compare.attention_maps import AttentionInputs
 from svg2_compile.compare.density import DensityTable, sparse_steps
-from svg2_compile.history import qualified
 from svg2_compile.kernels import ops
-from svg2_compile.program import DenoisingProgram
-from svg2_compile.runtime import Session
+from svg2_compile.runtime.clock import SchedulerClock
+from svg2_compile.runtime.history import qualified
+from svg2_compile.runtime.program import DenoisingProgram
+from svg2_compile.runtime.session import Session
 
 __all__ = ["Captured", "MapRequest", "captured_attention"]
 

@@ -14,7 +14,7 @@ from svg2_compile.compare.capture import MapRequest
 from svg2_compile.compare.comparison import Comparison
 from svg2_compile.compare.paired import compare_subject
 from svg2_compile.compare.subjects import PIPELINE_STEPS, Subject, pipeline_subject, shipped_subject
-from svg2_compile.config import Svg2Config
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["DEFAULT_PAGE", "CompareRequest", "compare_command", "maps_path", "parse_size"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svg2_compile.compare.attention_maps import AttentionMaps
 from svg2_compile.compare.density import DensityTable, sparse_steps
-from svg2_compile.reports import Report
+from svg2_compile.reporting.report import Report
 
 __all__ = ["Comparison", "Run", "decibel"]
 

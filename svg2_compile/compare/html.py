@@ -13,7 +13,7 @@ from svg2_compile.compare.attention_maps import AttentionMaps
 from svg2_compile.compare.comparison import Comparison, decibel
 from svg2_compile.compare.density import sparse_steps
 from svg2_compile.compare.pictures import LOG_RANGE, colour, data_uri, frame_strips, map_image, text_colour
-from svg2_compile.reports import grouped_sites
+from svg2_compile.reporting.report import grouped_sites
 
 __all__ = ["render"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from svg2_compile.api import Enabled, enable
-from svg2_compile.clock import SchedulerClock
 from svg2_compile.compare.attention_maps import AttentionMaps, attention_maps
 from svg2_compile.compare.capture import Captured, MapRequest, captured_attention
 from svg2_compile.compare.comparison import Comparison, Run
@@ -19,8 +18,9 @@ from svg2_compile.compare.density import DensityTable, density_table
 from svg2_compile.compare.metrics import MIN_SIDE, multiscale_ssim, psnr, psnr_per_frame, ssim_per_frame
 from svg2_compile.compare.subjects import Subject, pipeline_subject
 from svg2_compile.compare.videos import same_range
-from svg2_compile.doctor import describe_device, version_of
-from svg2_compile.scheduler_hook import SchedulerHook
+from svg2_compile.runtime.clock import SchedulerClock
+from svg2_compile.runtime.scheduler import SchedulerHook
+from svg2_compile.tools.doctor import describe_device, version_of
 
 __all__ = ["compare_subject", "compare_with_dense"]
 

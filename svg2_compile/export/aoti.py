@@ -21,7 +21,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from svg2_compile.backend import device_of
-from svg2_compile.config import Svg2Config
+from svg2_compile.codegen.inner_backend import inductor_problem
 from svg2_compile.export.archive import ArchiveReader, ArchiveWriter
 from svg2_compile.export.errors import ExportError
 from svg2_compile.export.file import write_program
@@ -29,9 +29,9 @@ from svg2_compile.export.graphs import ExportedGraph, fake_inputs, flat_module, 
 from svg2_compile.export.manifest import describe_program
 from svg2_compile.export.serde import expression_from_text
 from svg2_compile.export.transformed import MakeGraph, TransformedProgram, check_transformed
-from svg2_compile.inner_backend import inductor_problem
-from svg2_compile.passes.fake_values import fake_mode_of
-from svg2_compile.passes.fx_utils import bind_arguments
+from svg2_compile.passes.graph.nodes import bind_arguments
+from svg2_compile.passes.graph.values import fake_mode_of
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["package", "packaged_graphs"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from svg2_compile.config import Svg2Config
-from svg2_compile.debug import Once, get_logger
-from svg2_compile.inner_backend import compile_inner
-from svg2_compile.passes.fake_values import fake_mode_of
-from svg2_compile.program import CompiledGraph, SymbolBinder
+from svg2_compile.codegen.inner_backend import compile_inner
+from svg2_compile.logs.logger import Once, get_logger
+from svg2_compile.passes.graph.values import fake_mode_of
+from svg2_compile.runtime.program import CompiledGraph, SymbolBinder
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["ExportedGraph", "fake_inputs", "flat_module", "new_guards"]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from svg2_compile.export.errors import ExportError
 from svg2_compile.export.transformed import TransformedProgram, check_transformed
-from svg2_compile.runtime import Session
+from svg2_compile.runtime.session import Session
 
 __all__ = ["call_through", "programs_of"]
 

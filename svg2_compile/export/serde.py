@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions as torch_functions
 
 from svg2_compile.export.errors import ExportError
-from svg2_compile.passes.fake_values import fake_mode_of
-from svg2_compile.passes.fx_utils import solve_for_symbol
+from svg2_compile.passes.graph.nodes import solve_for_symbol
+from svg2_compile.passes.graph.values import fake_mode_of
 
 try:
     from torch._export.serde.schema import ScalarType

@@ -23,16 +23,16 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from svg2_compile.backend import device_of
-from svg2_compile.config import Svg2Config
-from svg2_compile.debug import get_logger
 from svg2_compile.export.errors import ExportError
 from svg2_compile.export.transformed import TimeSource, TransformedProgram
-from svg2_compile.passes.find_attention import find_attention
-from svg2_compile.passes.fx_utils import bind_arguments, module_path
-from svg2_compile.passes.graph_builder import copy_graph_module
+from svg2_compile.logs.logger import get_logger
+from svg2_compile.passes.attention.find import find_attention
+from svg2_compile.passes.graph.builder import copy_graph_module
+from svg2_compile.passes.graph.nodes import bind_arguments, module_path
 from svg2_compile.passes.hoist_centroids import StateSpec
 from svg2_compile.pipeline import PIPELINE, Compilation, Pass, run_passes
-from svg2_compile.reports import GraphReport, describe
+from svg2_compile.reporting.report import GraphReport, describe
+from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["run_on_program", "transform"]
 

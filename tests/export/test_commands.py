@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import svg2_compile
 from svg2_compile.cli import app
-from svg2_compile.graph_picture import PictureNode, to_dot, to_svg
+from svg2_compile.reporting.graph_picture import PictureNode, to_dot, to_svg
 from tests.export.programs import block_inputs, exported_block
 
 SETTINGS = ("min_tokens=0", "dense_layers=0", "dense_steps=0", "num_k_clusters=7", "inner_backend=eager")

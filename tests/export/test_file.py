@@ -14,9 +14,9 @@ import torch
 
 import svg2_compile
 from svg2_compile import ExportError, FileDamaged
-from svg2_compile.config import ConfigError
 from svg2_compile.export import archive
 from svg2_compile.export.archive import MANIFEST
+from svg2_compile.settings.config import ConfigError
 from tests.export.programs import block, block_inputs, exported, exported_block, runs_of
 from tests.support import SELECTION, at_timestep, first_output
 from tests.zoo.models import build

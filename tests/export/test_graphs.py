@@ -8,9 +8,9 @@ import torch
 from torch.export import Dim
 
 import svg2_compile
-from svg2_compile.config import Svg2Config
+from svg2_compile.codegen.inner_backend import inductor_problem
 from svg2_compile.export.graphs import ExportedGraph, flat_module
-from svg2_compile.inner_backend import inductor_problem
+from svg2_compile.settings.config import Svg2Config
 from tests.export.programs import block, block_inputs, exported, exported_block
 from tests.support import IDENTITY, assert_close
 

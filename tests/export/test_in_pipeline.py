@@ -9,7 +9,7 @@ import torch
 
 import svg2_compile
 from svg2_compile import ExportError
-from svg2_compile.config import ConfigError
+from svg2_compile.settings.config import ConfigError
 from tests.e2e.pipelines import SmallPipeline, build
 from tests.support import IDENTITY, SELECTION, assert_close
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import svg2_compile
 from svg2_compile import ExportError, FileDamaged
 from svg2_compile.cli import app
+from svg2_compile.codegen.inner_backend import inductor_problem
 from svg2_compile.export.aoti import PackagedGraph
 from svg2_compile.export.archive import MANIFEST
-from svg2_compile.inner_backend import inductor_problem
 from tests.export.programs import block, block_inputs, exported_block
 from tests.export.test_call import Counting, WithNumber
 from tests.support import SELECTION, assert_close

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import svg2_compile
 from svg2_compile import ExportError
-from svg2_compile.config import ConfigError
+from svg2_compile.settings.config import ConfigError
 from tests.export.programs import Attention, Block, block, block_inputs, exported_block
 from tests.support import IDENTITY, SELECTION
 from tests.zoo.models import build

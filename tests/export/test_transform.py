@@ -7,8 +7,8 @@ import torch
 
 import svg2_compile
 from svg2_compile.export.transform import run_on_program
-from svg2_compile.passes.fx_utils import operator_name
-from svg2_compile.runtime import Session
+from svg2_compile.passes.graph.nodes import operator_name
+from svg2_compile.runtime.session import Session
 from tests.export.programs import block, block_inputs, exported, exported_block, first, runs_of
 from tests.support import IDENTITY, SELECTION, TOLERANCE, assert_close, at_timestep, first_output
 from tests.zoo.models import build

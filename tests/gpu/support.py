@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels import ops, reference
+from svg2_compile.kernels import ops
+from svg2_compile.kernels.reference import implementation as reference
 from tests.kernels.helpers import Problem, assert_within_budget
 
 __all__ = [

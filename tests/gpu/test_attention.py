@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svg2_compile.kernels import ops, reference
+from svg2_compile.kernels import ops
+from svg2_compile.kernels.reference import implementation as reference
 from tests.gpu.support import check_attention, moved, poisoned, sized, token_major
 from tests.kernels.helpers import EDGE_SHAPES, Problem, make_problem
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels import ops, reference
+from svg2_compile.kernels import ops
+from svg2_compile.kernels.reference import implementation as reference
 from tests.gpu.support import poisoned, sized, token_major, tokens
 from tests.kernels.helpers import random_offsets
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels import ops, reference
+from svg2_compile.kernels import ops
+from svg2_compile.kernels.reference import implementation as reference
 from tests.gpu.support import moved, poisoned, sized
 from tests.kernels.helpers import SELECTION_LIMITS, make_problem
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels import ops, reference
+from svg2_compile.kernels import ops
+from svg2_compile.kernels.reference import implementation as reference
 from svg2_compile.kernels.triton import attention, implementation
 from svg2_compile.kernels.triton.workspace import Workspace
-from svg2_compile.kernels.tuning import override
+from svg2_compile.kernels.tuning.lookup import override
 from tests.kernels.helpers import Problem, assert_within_budget, make_problem
 
 F64 = torch.float64

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels import reference
+from svg2_compile.kernels.reference import implementation as reference
 from svg2_compile.kernels.triton import implementation
 from tests.kernels.helpers import random_offsets
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels import reference
-from svg2_compile.kernels.reference_select import _log_errors as exact_log_errors
+from svg2_compile.kernels.reference import implementation as reference
+from svg2_compile.kernels.reference.select import _log_errors as exact_log_errors
 from svg2_compile.kernels.triton import implementation, select
 from svg2_compile.kernels.triton.error import error_inputs, log_errors
 from tests.kernels.helpers import SELECTION_LIMITS, make_problem

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from svg2_compile.passes.attention.find import find_attention
 from svg2_compile.passes.decide_sites import Site, SitePolicy, Skip, decide_sites
-from svg2_compile.passes.find_attention import find_attention
-from svg2_compile.passes.graph_builder import copy_graph_module
+from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.sparsify import SparseSite, SparsityPolicy, sparsify
 from svg2_compile.passes.token_layout import analyse_token_layout
 

@@ -68,7 +68,7 @@ def test_iterations_change_without_a_recompile():
     compiled_graphs = []
 
     def backend(gm, examples):
-        from svg2_compile.inner_backend import compile_inner
+        from svg2_compile.codegen.inner_backend import compile_inner
 
         cold, sites = rewritten(gm, SELECT)
         spec = hoist_centroids(cold, sites)

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from svg2_compile.passes.fake_values import node_value
-from svg2_compile.passes.fx_utils import operator_name
+from svg2_compile.passes.graph.nodes import operator_name
+from svg2_compile.passes.graph.values import node_value
 from tests.passes.attention_graphs import KEEP_ALL, dynamo_graph, exported_graph, model_of, rewritten, sdpa, video
 
 GOLDEN = """\

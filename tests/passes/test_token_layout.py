@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from svg2_compile.passes.axes import UNKNOWN, collapse, single
+from svg2_compile.passes.layout.axes import UNKNOWN, collapse, single
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
 from tests.zoo.graphs import Analysed, attention_operands, short, spelled
 from tests.zoo.models import build
@@ -203,7 +203,7 @@ def test_parameters_can_be_named() -> None:
 
 
 def test_the_cost_of_many_layers_is_that_of_the_distinct_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svg2_compile.passes.layout_mode import LayoutMode
+    from svg2_compile.passes.layout.mode import LayoutMode
 
     calls = Counter[int]()
     original = LayoutMode._record

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from svg2_compile.passes.axes import Axis, collapse
+from svg2_compile.passes.layout.axes import Axis, collapse
 from svg2_compile.passes.time_inputs import modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts
 from tests.zoo.graphs import Analysed, attention_operands, compiled, exported, latents, self_attentions, short, spelled

@@ -1,0 +1,21 @@
+"""The fast CPU implementation of every op, with the signatures of ``ops.py``.
+
+It reads offsets and sizes on the host (free on the CPU), works head by head with workspaces linear in the number of
+tokens, and leaves all parallelism to ATen's own intra-op threads. Arithmetic is float32 for every input dtype.
+"""
+
+from svg2_compile.kernels.cpu.attention import block_density, block_sparse_attention
+from svg2_compile.kernels.cpu.cluster import cluster_means, cluster_order, kmeans, permute_tokens, unpermute_tokens
+from svg2_compile.kernels.cpu.select import select_blocks, select_blocks_by_error
+
+__all__ = [
+    "block_density",
+    "block_sparse_attention",
+    "cluster_means",
+    "cluster_order",
+    "kmeans",
+    "permute_tokens",
+    "select_blocks",
+    "select_blocks_by_error",
+    "unpermute_tokens",
+]

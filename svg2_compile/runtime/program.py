@@ -1,0 +1,239 @@
+"""DenoisingProgram: a dense graph, the sparse graph made from it, and the state that is carried between calls."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+
+from svg2_compile.passes.graph.builder import metadata_key
+from svg2_compile.passes.graph.nodes import solve_for_symbol
+from svg2_compile.passes.hoist_centroids import StateSpec
+from svg2_compile.reporting.report import GraphReport, SiteReport
+from svg2_compile.runtime.history import CallRecord, qualified
+from svg2_compile.runtime.layers import LayerTable
+from svg2_compile.runtime.session import CallPlan, Session, TimeReader
+
+__all__ = ["CompiledGraph", "DenoisingProgram", "SymbolBinder"]
+
+_numbers = itertools.count()
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+class CompiledGraph:
+    """A graph that the inner backend compiles the first time that it is needed.
+
+    Args:
+        gm: the graph.
+        examples: fake inputs to compile with.
+        compile_inner: the inner backend.
+    """
+
+    def __init__(self, gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Compile) -> None:
+        self.gm = gm
+        self.compile_seconds: float | None = None
+        self._examples = examples
+        self._compile_inner = compile_inner
+        self._run: Callable[..., Any] | None = None
+        # Dynamo's context knows the shape environment and where each input comes from. It is gone after Dynamo has
+        # finished with the frame, so it is kept until it was used.
+        self._context = TracingContext.try_get()
+
+    @property
+    def compiled(self) -> bool:
+        return self._run is not None
+
+    def compile(self, examples: Sequence[Any] | None = None) -> Callable[..., Any]:
+        """Compile now, with the inputs given or the fake ones."""
+        if self._run is None:
+            begin = time.perf_counter()
+            inputs = list(examples if examples is not None else self._examples)
+            if self._context is None or TracingContext.try_get() is self._context:
+                self._run = self._compile_inner(self.gm, inputs)
+            else:
+                with tracing(self._context):
+                    self._run = self._compile_inner(self.gm, inputs)
+            self.compile_seconds = time.perf_counter() - begin
+            self._context = None
+            self._examples = ()
+        return self._run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compile()(*args)
+
+
+class SymbolBinder:
+    """Evaluates the sympy shapes of a graph's state for the inputs of one call."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        # Symbol -> position of an input, axis of it (None: the input is a number), and factor and offset of its extent.
+        self._where: dict[sympy.Symbol, tuple[int, int | None, int, int]] = {}
+        key = metadata_key(gm.graph)
+        for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            value = node.meta.get(key)
+            if isinstance(value, torch.SymInt):
+                self._bind(value, position, None)
+            elif isinstance(value, torch.Tensor):
+                for dim, extent in enumerate(value.shape):
+                    if isinstance(extent, torch.SymInt):
+                        self._bind(extent, position, dim)
+
+    def _bind(self, value: torch.SymInt, position: int, dim: int | None) -> None:
+        solved = solve_for_symbol(value.node.expr)
+        if solved is not None:
+            symbol, factor, offset = solved
+            self._where.setdefault(symbol, (position, dim, factor, offset))
+
+    def values(self, args: Sequence[Any]) -> dict[sympy.Symbol, sympy.Integer]:
+        """Every symbol of the inputs with its value in ``args``."""
+        return {symbol: sympy.Integer(self._read(symbol, args)) for symbol in self._where}
+
+    def shapes(self, shapes: Sequence[tuple[Any, ...]], args: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+        """``shapes`` with every expression evaluated for the inputs ``args``."""
+        symbols: set[sympy.Symbol] = set()
+        for shape in shapes:
+            for extent in shape:
+                symbols |= getattr(extent, "free_symbols", set())
+        values = {symbol: sympy.Integer(self._read(symbol, args)) for symbol in symbols}
+        return tuple(tuple(_evaluate(extent, values) for extent in shape) for shape in shapes)
+
+    def _read(self, symbol: sympy.Symbol, args: Sequence[Any]) -> int:
+        position, dim, factor, offset = self._where[symbol]
+        extent = int(args[position] if dim is None else args[position].shape[dim])
+        return (extent - offset) // factor
+
+
+def _evaluate(extent: Any, values: dict[sympy.Symbol, sympy.Integer]) -> int:
+    return int(extent) if isinstance(extent, int) else int(extent.xreplace(values))
+
+
+class DenoisingProgram:
+    """What a door returns: called like the dense graph, runs the dense or the sparse one.
+
+    Args:
+        name: for messages.
+        session: clock, centroids and history, shared with the other graphs of the model.
+        dense: the graph as it came in, untouched.
+        sparse: the rewritten graph; None if no attention of it is sparse.
+        spec: how the sparse graph is called; None with ``sparse``.
+        time_reader: reads time from the inputs of the graph.
+        sites: every attention of the graph with its decision.
+        graph_report: facts about the graph; a regional one serves one layer among many, so that dense_layers is
+            decided at each call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        session: Session,
+        dense: CompiledGraph,
+        sparse: CompiledGraph | None,
+        spec: StateSpec | None,
+        time_reader: TimeReader,
+        sites: Sequence[SiteReport],
+        graph_report: GraphReport,
+    ) -> None:
+        self.number = next(_numbers)
+        self.name = name
+        self.session = session
+        self.dense = dense
+        self.sparse = sparse
+        self.spec = spec
+        self.time_reader = time_reader
+        self.sites = tuple(sites)
+        self.graph_report = graph_report
+        self.regional = graph_report.regional
+        self._site_names = {site.index: site.name for site in sites if site.decision == "sparse"}
+        self.layers = LayerTable()
+        # The sparse graph begins with the inputs of the dense one, and its state is spelled in its own symbols.
+        self._binder = SymbolBinder((sparse or dense).gm)
+        self._flags: dict[bool, torch.Tensor] = {}
+        session.programs.add(self)
+
+    def site_reports(self) -> list[SiteReport]:
+        """Every attention of the graph; where it serves known layers, every attention of each of them."""
+        labels = self.layers.labels()
+        if not labels:
+            return list(self.sites)
+        return [replace(site, name=qualified(label, site.name)) for label in labels for site in self.sites]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers this graph serves in one model call, as far as seen."""
+        return self.layers.most_in_model_call
+
+    def __call__(self, *args: Any) -> Any:
+        if self.sparse is None or self.spec is None:
+            return self.dense(*args)
+        plan = self.session.plan(self, args)
+        if not plan.sparse:
+            self._record(plan, iters=0, seeded=False, densities={})
+            return self.dense(*args)
+        try:
+            return self._run_sparse(self.sparse, self.spec, plan, args)
+        except BaseException:
+            self.session.fail(plan.layer)
+            raise
+
+    def _run_sparse(self, graph: CompiledGraph, spec: StateSpec, plan: CallPlan, args: Sequence[Any]) -> Any:
+        config = self.session.config
+        shapes = self._binder.shapes([slot.shape for slot in spec.slots], args)
+        tokens = tuple(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor) and not _is_weight(arg))
+        key = (plan.tick.context if plan.tick else 0, shapes, tokens)
+        carried = self.session.store.fetch(plan.layer, key) if plan.tick is not None else None
+        seeded = carried is not None
+        iters = config.step_iters if seeded else config.init_iters
+        state = carried or tuple(torch.zeros(shape, dtype=torch.float32, device=spec.device) for shape in shapes)
+        outputs = graph(*args, *state, self._flag(seeded), iters)
+        end = spec.num_outputs + len(spec.slots)
+        if plan.tick is not None:
+            self.session.store.put(plan.layer, key, self._keep(outputs[spec.num_outputs : end]))
+        densities = {
+            self._site_names[index]: density for index, density in zip(spec.density_sites, outputs[end:], strict=True)
+        }
+        self._record(plan, iters, seeded, densities)
+        return outputs[: spec.num_outputs]
+
+    def _keep(self, centroids: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Centroids to carry to the next step: copies where the next replay of a CUDA graph would overwrite them."""
+        overwritten = self.session.config.inductor_mode in _CUDA_GRAPH_MODES
+        return [tensor.clone() if overwritten else tensor.detach() for tensor in centroids]
+
+    def _flag(self, seeded: bool) -> torch.Tensor:
+        assert self.spec is not None
+        if seeded not in self._flags:
+            # Not an inference tensor, so that one flag serves calls in and out of inference_mode.
+            with torch.inference_mode(False):
+                self._flags[seeded] = torch.tensor(seeded, device=self.spec.device)
+        return self._flags[seeded]
+
+    def _record(self, plan: CallPlan, iters: int, seeded: bool, densities: dict[str, torch.Tensor]) -> None:
+        tick = plan.tick
+        self.session.history.append(
+            CallRecord(
+                sites=tuple(self._site_names.values()),
+                video=tick.video if tick else 0,
+                step=tick.step if tick else 0,
+                context=tick.context if tick else 0,
+                layer=plan.layer.ordinal,
+                graph="sparse" if plan.sparse else "dense",
+                reason=plan.reason,
+                iters=iters,
+                seeded=seeded,
+                densities=densities,
+                label=plan.layer.label,
+            )
+        )
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)

@@ -1,0 +1,92 @@
+"""What the kernels take on real targets, found by compiling alone: no GPU is needed, and none is used.
+
+The gates are those that decide whether a kernel can be fast at all: it fits, its inner loops keep everything in
+registers, use the tensor cores and load asynchronously.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is on PyPI for Linux only")
+
+from svg2_compile.kernels.triton.error import error_inputs, log_errors
+from svg2_compile.kernels.triton.rehearsal import TARGETS, compile_launch, record_launches, resource_problem
+from svg2_compile.kernels.tuning.defaults import default_config, imagined_capability
+from svg2_compile.kernels.tuning.search import rehearsed_launch
+from svg2_compile.kernels.tuning.workloads import Workload
+
+CUDA = torch.device("cuda")
+CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+
+
+def launch_for(kernel: str, dtype: torch.dtype, head_dim: int, target: str):
+    """The launch of the default configuration, at the sizes of Wan 2.1 1.3B."""
+    workload = Workload(kernel, dtype, head_dim, 32_760, 12)
+    capability = CAPABILITIES.get(target, 0)
+    with imagined_capability(capability):
+        config = default_config(kernel, CUDA, workload.key.dtype, workload.key.head_dim)
+    return rehearsed_launch(workload, config, capability)
+
+
+@pytest.mark.parametrize("target", CAPABILITIES)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("kernel", ["attention", "kmeans_assign"])
+def test_default_configurations_keep_their_inner_loops_in_registers(kernel: str, head_dim: int, target: str) -> None:
+    resources = compile_launch(launch_for(kernel, torch.bfloat16, head_dim, target), TARGETS[target])
+    assert resource_problem(resources, TARGETS[target]) is None
+    assert resources.matrix_instructions > 0
+    assert resources.async_copies > 0
+
+
+@pytest.mark.parametrize("kernel", ["attention", "kmeans_assign"])
+def test_hopper_uses_its_asynchronous_tensor_cores(kernel: str) -> None:
+    resources = compile_launch(launch_for(kernel, torch.bfloat16, 128, "sm_90"), TARGETS["sm_90"])
+    assert resources.warpgroup_instructions == resources.matrix_instructions > 0
+    assert not resources.warnings
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kernel", ["attention", "kmeans_assign"])
+def test_float32_fits_as_well(kernel: str, head_dim: int, target: str) -> None:
+    resources = compile_launch(launch_for(kernel, torch.float32, head_dim, target), TARGETS[target])
+    assert resource_problem(resources, TARGETS[target]) is None
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("kernel", ["attention", "kmeans_assign"])
+def test_amd_compiles(kernel: str, head_dim: int) -> None:
+    resources = compile_launch(launch_for(kernel, torch.bfloat16, head_dim, "gfx942"), TARGETS["gfx942"])
+    assert resources.matrix_instructions > 0
+    assert resource_problem(resources, TARGETS["gfx942"]) is None
+
+
+@pytest.mark.parametrize("target", CAPABILITIES)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_error_estimate_stays_in_registers_and_fits_small_gpus(
+    dtype: torch.dtype, head_dim: int, target: str
+) -> None:
+    with record_launches(CAPABILITIES[target]) as (_, launches):
+        tokens = torch.empty(1, 2, 1000, head_dim, dtype=dtype, device="cuda")
+        offsets = torch.empty(1, 2, 103, dtype=torch.int32, device="cuda")
+        v_centroids = torch.empty(1, 2, 100, head_dim, device="cuda")
+        q_centroids, logits = torch.empty(1, 2, 70, head_dim, device="cuda"), torch.empty(2, 70, 100, device="cuda")
+        log_errors(error_inputs(tokens, tokens, offsets, v_centroids), q_centroids, logits, 0.1, slice(0, 2))
+    resources = compile_launch(launches[0], TARGETS[target])
+    assert resource_problem(resources, TARGETS[target]) is None
+    assert (resources.loop_spills or 0) == 0
+    assert resources.shared_bytes <= 99 * 1024  # sm_86 and sm_89
+    assert (resources.matrix_instructions > 0) == (dtype == torch.bfloat16)
+
+
+def test_a_configuration_that_cannot_work_is_told_apart() -> None:
+    workload = Workload("attention", torch.bfloat16, 128, 32_760, 12)
+    config = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4, "PROGRAMS_PER_SM": 1}
+    resources = compile_launch(rehearsed_launch(workload, config, 90), TARGETS["sm_90"])
+    assert "bytes of shared memory" in str(resource_problem(resources, TARGETS["sm_90"]))
+    crowded = {**config, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    resources = compile_launch(rehearsed_launch(workload, crowded, 90), TARGETS["sm_90"])
+    assert resource_problem(resources, TARGETS["sm_90"]) is not None
