@@ -19,7 +19,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS, CountRule
 from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
-from svg2_compile.passes.attention.find import AttentionCall, UnreadableAttention
+from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_padding
 from svg2_compile.passes.cost_model import (
     REFERENCE,

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from svg2_compile.logs.logger import dump_graph, get_logger
-from svg2_compile.passes.attention.find import AttentionCall, UnreadableAttention, find_attention
+from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
+from svg2_compile.passes.attention.find import find_attention
 from svg2_compile.passes.decide_sites import Site, Skip, decide_sites
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.sparsify import SparseSite, sparsify

@@ -11,26 +11,33 @@ A softmax that has no matrix product on both sides is no attention.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from svg2_compile.passes.attention.find import AttentionCall, UnreadableAttention
+from svg2_compile.passes.attention.additive import MOST_EXCLUDING_BIAS
+from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
+from svg2_compile.passes.attention.safe_softmax import guarded_weights
+from svg2_compile.passes.attention.spellings import (
+    ADD,
+    COPIES,
+    DIVIDE,
+    DROPOUT,
+    MASKED_FILL,
+    MATMUL,
+    MULTIPLY,
+    RESHAPES,
+    SOFTMAX,
+)
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path, operator_name, shape_of, users_of
 from svg2_compile.passes.graph.values import node_value
 
 __all__ = ["read_decomposed"]
 
-_SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
-_MATMUL = {"matmul", "bmm", "__matmul__"}
-_CAST = {"to", "_to_copy", "float", "half", "bfloat16", "type_as", "type", "clone", "contiguous", "detach", "alias"}
-_RESHAPE = {"view", "reshape", "_unsafe_view", "expand", "unflatten", "flatten"}
-_DROPOUT = {"dropout", "native_dropout"}
-# A bias at most this large leaves a key no weight: exp(-1000) is zero in every dtype.
-MOST_EXCLUDING_BIAS = -1000.0
+# Between scores and their product; narrower than what _step_up reads, since here nothing is checked.
+_ON_THE_WAY = COPIES | RESHAPES | {"mul", "mul_", "div", "div_", "truediv", "add"}
 _WAY_OUT = "use torch.nn.functional.scaled_dot_product_attention in the model"
 
 
@@ -45,28 +52,15 @@ class _Scores:
     heads: int | None = None
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """The softmax with the guard that PyTorch's safe softmax puts around it, if there is one.
-
-        weights = where(not any(not (scores == -inf)), zeros, softmax(scores))
-
-    A row without a key to attend to becomes zero instead of NaN: what the rewritten attention yields, too.
-    """
-
-    node: fx.Node  # the weights as the rest of the graph sees them
-    guards: frozenset[fx.Node]  # what else may use the softmax and the scores
-
-
 class _NotUnderstood(Exception):
     """Something on the way has no reading; the message names it."""
 
 
 def read_decomposed(node: fx.Node) -> AttentionCall | UnreadableAttention | None:
     """The attention whose softmax ``node`` is; None if it is no softmax or no attention's."""
-    if node.op not in ("call_function", "call_method") or operator_name(node) not in _SOFTMAX:
+    if node.op not in ("call_function", "call_method") or operator_name(node) not in SOFTMAX:
         return None
-    weights = _guarded_weights(node)
+    weights = guarded_weights(node)
     product = _product_below(weights.node)
     if product is None or not _has_product_above(node):
         return None
@@ -116,37 +110,6 @@ def _make_call(
     )
 
 
-def _guarded_weights(softmax: fx.Node) -> _Weights:
-    """Recognise the safe softmax that run_decompositions() spells out."""
-    for user in softmax.users:
-        if operator_name(user) != "where" or len(user.args) != 3 or user.args[2] is not softmax:
-            continue
-        condition, zeros = user.args[0], user.args[1]
-        chain = _unary_chain(condition, ("logical_not", "any", "logical_not", "eq"))
-        if chain is None or not isinstance(zeros, fx.Node) or not _is_zero(zeros):
-            continue
-        compared = chain[-1]
-        if compared.args[0] is softmax.args[0] and compared.args[1] == -math.inf:
-            return _Weights(user, frozenset({zeros, compared}))
-    return _Weights(softmax, frozenset())
-
-
-def _unary_chain(node: Any, names: tuple[str, ...]) -> list[fx.Node] | None:
-    """The nodes called ``names``, each the only user of the next, from ``node`` upwards; None if they differ."""
-    chain: list[fx.Node] = []
-    for name in names:
-        if not isinstance(node, fx.Node) or operator_name(node) != name or len(node.users) != 1:
-            return None
-        chain.append(node)
-        node = node.args[0]
-    return chain
-
-
-def _is_zero(node: fx.Node) -> bool:
-    name = operator_name(node)
-    return name in ("zeros_like", "zeros") or (name in ("full_like", "full") and bool(node.args[1] == 0))
-
-
 def _read_scores(softmax: fx.Node, guards: frozenset[fx.Node]) -> _Scores:
     """Walk up from the softmax to query @ key^T, collecting scale and mask."""
     scores = _Scores(softmax)
@@ -157,7 +120,7 @@ def _read_scores(softmax: fx.Node, guards: frozenset[fx.Node]) -> _Scores:
         name = operator_name(current)
         if len(users_of(current) - guards) != 1:
             raise _NotUnderstood(f"the scores ({name}) are used elsewhere")
-        if name in _MATMUL:
+        if name in MATMUL:
             scores.product = current
             return scores
         if name == "baddbmm":
@@ -167,16 +130,16 @@ def _read_scores(softmax: fx.Node, guards: frozenset[fx.Node]) -> _Scores:
 
 
 def _step_up(node: fx.Node, name: str, scores: _Scores) -> Any:
-    if name in _CAST:
+    if name in COPIES:
         return node.args[0]
-    if name in _RESHAPE:
+    if name in RESHAPES:
         _read_reshape(node, scores)
         return node.args[0]
-    if name in ("mul", "div", "truediv", "mul_", "div_", "__mul__", "__truediv__"):
+    if name in MULTIPLY | DIVIDE:
         return _read_scale(node, name, scores)
-    if name in ("add", "add_", "__add__", "iadd"):
+    if name in ADD:
         return _read_mask(node, scores)
-    if name in ("masked_fill", "masked_fill_", "where"):
+    if name in MASKED_FILL or name == "where":
         return _read_bool_mask(node, name, scores)
     raise _NotUnderstood(f"{name or node.target} between the product and the softmax")
 
@@ -246,9 +209,9 @@ def _leads_to_product(node: fx.Node, depth: int = 6) -> bool:
     """Whether only casts, views and scaling lie between ``node`` and a matrix product above it."""
     for _ in range(depth):
         name = operator_name(node)
-        if name in _MATMUL or name == "baddbmm":
+        if name in MATMUL or name == "baddbmm":
             return True
-        if name not in _CAST | _RESHAPE | {"mul", "div", "truediv", "add", "mul_", "div_"}:
+        if name not in _ON_THE_WAY:
             return False
         tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
         if not tensors:
@@ -269,9 +232,9 @@ def _product_below(softmax: fx.Node) -> fx.Node | None:
     current = softmax
     for _ in range(8):
         for user in users_of(current):
-            if operator_name(user) in _MATMUL:
+            if operator_name(user) in MATMUL:
                 return user
-        followed = [user for user in users_of(current) if operator_name(user) in _CAST | _RESHAPE | _DROPOUT]
+        followed = [user for user in users_of(current) if operator_name(user) in COPIES | RESHAPES | DROPOUT]
         if not followed:
             return None
         current = followed[0]
@@ -288,7 +251,7 @@ def _sole_consumer(softmax: fx.Node, product: fx.Node) -> fx.Node:
         (user,) = users
         if user is product:
             return current
-        if operator_name(user) in _DROPOUT and _drops(user):
+        if operator_name(user) in DROPOUT and _drops(user):
             raise _NotUnderstood("dropout on the attention weights")
         current = user
 

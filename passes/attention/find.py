@@ -16,62 +16,18 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
+from svg2_compile.passes.attention.decomposed import read_decomposed
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path, operator_name
 from svg2_compile.passes.graph.values import node_value
 
-__all__ = ["AttentionCall", "UnreadableAttention", "find_attention"]
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One attention: softmax(scale * query @ key^T + mask) @ value.
-
-    node: yields the attention's output alone, in the layout ``axes``. query, key, value: its inputs. axes: "bhnd"
-    ([B, H, N, D]), "bnhd" or "gnd" ([B * num_heads, N, D]). key_transposed: the last two axes of key are swapped.
-    attn_mask: bool (True = attend, or False = attend where mask_excludes) or additive; in "gnd" calls broadcastable to
-    [B, num_heads, N, N]. scale: None means 1 / sqrt(head_dim). form: which spelling was read. name: module path.
-    """
-
-    node: fx.Node
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    attn_mask: fx.Node | None = None
-    mask_excludes: bool = False
-    scale: float | None = None
-    is_causal: bool = False
-    dropout_p: float = 0.0
-    axes: str = "bhnd"
-    key_transposed: bool = False
-    num_heads: int | None = None
-    form: str = "sdpa"
-    name: str = ""
-
-    @property
-    def token_dim(self) -> int:
-        """Which axis of the query holds the tokens."""
-        return 2 if self.axes == "bhnd" else 1
-
-    @property
-    def key_token_dim(self) -> int:
-        """Which axis of the key holds the tokens."""
-        return self.token_dim + 1 if self.key_transposed else self.token_dim
-
-
-@dataclass(frozen=True)
-class UnreadableAttention:
-    """An attention that cannot be rewritten as it is spelled. reason: a stable code; detail: the way out."""
-
-    node: fx.Node
-    name: str
-    reason: str
-    detail: str
+__all__ = ["find_attention"]
 
 
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -81,8 +37,6 @@ _FOREIGN = ("flash_attn", "sageattn", "sage_attn", "xformers", "memory_efficient
 
 def find_attention(gm: fx.GraphModule) -> tuple[list[AttentionCall], list[UnreadableAttention]]:
     """List the attentions of ``gm`` in the order of the graph, with unique names."""
-    from svg2_compile.passes.attention.decomposed import read_decomposed
-
     calls: list[AttentionCall] = []
     unreadable: list[UnreadableAttention] = []
     for node in gm.graph.nodes:

@@ -4,8 +4,7 @@ Three spellings are exact and read:
 
     bool       True = attend: [B, 1 or H, 1, N], also where size-1 axes were expanded or repeated to more queries
     bool & bool   of such a mask with one over queries alone, [B, 1 or H, N, 1]: padding attends to nothing either
-    additive   provably zero or so negative that a key gets no weight: (1 - bool) * -10000, masked_fill(0, bool, -inf),
-               where(bool, 0, -inf), through casts, views, expansions and repetitions
+    additive   provably zero or so negative that a key gets no weight (see additive.py)
 
 Everything else keeps the attention dense: a mask that differs from query to query, or a bias of any value. A sequence
 without any valid key attends to nothing and yields zero, as does a query that may not attend.
@@ -13,27 +12,20 @@ without any valid key attends to nothing and yields zero, as does a query that m
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from svg2_compile.passes.attention.decomposed import MOST_EXCLUDING_BIAS
-from svg2_compile.passes.attention.find import AttentionCall
-from svg2_compile.passes.graph.builder import GraphBuilder
-from svg2_compile.passes.graph.nodes import bind_arguments, operator_name, shape_of
+from svg2_compile.passes.attention.additive import MOST_EXCLUDING_BIAS, excluding_value
+from svg2_compile.passes.attention.call import AttentionCall
+from svg2_compile.passes.attention.spellings import AND, COPIES, TRANSPOSE
+from svg2_compile.passes.graph.nodes import is_bool, operator_name, shape_of
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.layout.axes import same_length, size_expr
 
-__all__ = ["KeyPadding", "MaskSkip", "QueryPadding", "emit_valid", "emit_zero_padding", "read_key_padding"]
-
-_COPY = {"to", "_to_copy", "float", "half", "bfloat16", "type_as", "type", "clone", "contiguous", "detach", "alias"}
-_MOVE = {"view", "reshape", "_unsafe_view", "expand", "repeat", "repeat_interleave", "unsqueeze", "squeeze", "flatten"}
-_MOVE |= {"unflatten", "transpose", "permute", "__getitem__", "getitem", "select", "slice", "lift_fresh_copy"}
-_AND = {"and_", "__and__", "__iand__", "bitwise_and", "logical_and"}
-_TRANSPOSE = {"transpose", "swapaxes", "swapdims"}
+__all__ = ["KeyPadding", "MaskSkip", "QueryPadding", "read_key_padding"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ def read_key_padding(call: AttentionCall) -> KeyPadding | MaskSkip | None:
     value = node_value(mask)
     if value.dtype == torch.bool:
         return KeyPadding(mask, "exclude" if call.mask_excludes else "attend")
-    lowest = _excluding_value(mask)
+    lowest = excluding_value(mask)
     if lowest is None:
         return MaskSkip("additive_bias", "the mask adds a bias that may have any value: only key padding is sparse")
     return KeyPadding(mask, "bias", max(lowest, 2 * MOST_EXCLUDING_BIAS) / 2)
@@ -90,9 +82,9 @@ def _outer_product(call: AttentionCall) -> KeyPadding | None:
     Only where the operator itself yields zero for a query without keys: a spelled-out softmax yields the mean of all.
     """
     mask = None if call.attn_mask is None else _before_bool_copies(call.attn_mask)
-    if mask is None or call.form != "sdpa" or call.mask_excludes or operator_name(mask) not in _AND:
+    if mask is None or call.form != "sdpa" or call.mask_excludes or operator_name(mask) not in AND:
         return None
-    sides = [side for side in mask.args if isinstance(side, fx.Node) and _is_bool(side)]
+    sides = [side for side in mask.args if isinstance(side, fx.Node) and is_bool(side)]
     if len(sides) != 2:
         return None
     for first, second in (sides, sides[::-1]):
@@ -108,7 +100,7 @@ def _query_padding(mask: fx.Node) -> QueryPadding | None:
     plain = _before_expansion(mask, axis=-1)
     if plain is not None:
         return QueryPadding(plain, transposed=False)
-    if operator_name(mask) not in _TRANSPOSE or len(mask.args) != 3 or not isinstance(mask.args[0], fx.Node):
+    if operator_name(mask) not in TRANSPOSE or len(mask.args) != 3 or not isinstance(mask.args[0], fx.Node):
         return None
     keys, rank = _before_expansion(mask.args[0], axis=-2), len(shape_of(mask) or ())
     if keys is None or {axis % rank for axis in mask.args[1:] if isinstance(axis, int)} != {rank - 2, rank - 1}:
@@ -147,8 +139,8 @@ def _before_expansion(mask: fx.Node, axis: int) -> fx.Node | None:
 
 def _before_bool_copies(mask: fx.Node) -> fx.Node:
     """A bool mask before it was copied or cast to bool again."""
-    while operator_name(mask) in _COPY | {"bool"} and mask.args and isinstance(mask.args[0], fx.Node):
-        if not (_is_bool(mask) and _is_bool(mask.args[0])):
+    while operator_name(mask) in COPIES | {"bool"} and mask.args and isinstance(mask.args[0], fx.Node):
+        if not (is_bool(mask) and is_bool(mask.args[0])):
             return mask
         mask = mask.args[0]
     return mask
@@ -160,113 +152,3 @@ def _same(size: Any, other: Any) -> bool:
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
-def _excluding_value(node: fx.Node) -> float | None:
-    """The one negative value of an additive mask whose only other value is 0; None where that cannot be shown."""
-    for _ in range(16):
-        name = operator_name(node)
-        if name in _COPY | _MOVE and node.args and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-            continue
-        if name in ("mul", "mul_", "__mul__"):
-            return _of_product(node)
-        if name in ("masked_fill", "masked_fill_"):
-            return _of_fill(node)
-        if name == "where":
-            return _of_where(node)
-        return None
-    return None
-
-
-def _of_product(node: fx.Node) -> float | None:
-    """(1 - bool) * negative."""
-    numbers = [arg for arg in node.args if isinstance(arg, (int, float))]
-    tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    if len(numbers) != 1 or len(tensors) != 1 or numbers[0] > MOST_EXCLUDING_BIAS:
-        return None
-    inverted = _through_copies(tensors[0])
-    if operator_name(inverted) not in ("sub", "rsub", "__rsub__"):
-        return float(numbers[0]) if _is_bool(inverted) else None
-    operands = inverted.args[::-1] if operator_name(inverted) in ("rsub", "__rsub__") else inverted.args
-    if operands[0] not in (1, 1.0) or not isinstance(operands[1], fx.Node):
-        return None
-    return float(numbers[0]) if _is_bool(_through_copies(operands[1])) else None
-
-
-def _of_fill(node: fx.Node) -> float | None:
-    arguments = bind_arguments(node, ("self", "mask", "value"))
-    base, fill = arguments.get("self", arguments.get("input")), arguments.get("value")
-    if not isinstance(base, fx.Node) or not _is_number(base, 0.0) or not isinstance(fill, (int, float)):
-        return None
-    return float(fill) if fill <= MOST_EXCLUDING_BIAS else None
-
-
-def _of_where(node: fx.Node) -> float | None:
-    if len(node.args) != 3:
-        return None
-    values = [_number_of(arg) for arg in node.args[1:]]
-    if None in values or 0.0 not in values:
-        return None
-    other = min(value for value in values if value is not None)
-    return other if other <= MOST_EXCLUDING_BIAS else None
-
-
-def _through_copies(node: fx.Node) -> fx.Node:
-    """Skip casts and moves, except a cast from bool: there the values become 0 and 1."""
-    while (
-        operator_name(node) in _COPY | _MOVE and node.args and isinstance(node.args[0], fx.Node) and not _is_bool(node)
-    ):
-        node = node.args[0]
-    return node
-
-
-def _is_bool(node: fx.Node) -> bool:
-    value = node_value(node)
-    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
-
-
-def _is_number(node: fx.Node, number: float) -> bool:
-    return _number_of(node) == number
-
-
-def _number_of(argument: Any) -> float | None:
-    """The number that an argument is or is filled with everywhere; None if it is no constant."""
-    if isinstance(argument, (int, float)):
-        return float(argument)
-    if not isinstance(argument, fx.Node):
-        return None
-    name = operator_name(argument)
-    if name in ("zeros", "zeros_like", "new_zeros"):
-        return 0.0
-    if name in ("scalar_tensor", "tensor") and isinstance(argument.args[0], (int, float)):
-        return float(argument.args[0])
-    if name in ("full", "full_like", "new_full") and isinstance(argument.args[1], (int, float)):
-        return float(argument.args[1])
-    if name in _COPY | _MOVE and argument.args:
-        return _number_of(argument.args[0])
-    return None
-
-
-def emit_valid(build: GraphBuilder, padding: KeyPadding, batch: Any, num_tokens: Any) -> fx.Node:
-    """Insert nodes that yield bool [batch, 1 or H, num_tokens], True where a key is attended."""
-    mask = padding.mask
-    if padding.means == "exclude":
-        mask = build.call(torch.ops.aten.logical_not.default, mask)
-    elif padding.means == "bias":
-        threshold = padding.threshold if math.isfinite(padding.threshold) else MOST_EXCLUDING_BIAS
-        mask = build.call(torch.ops.aten.gt.Scalar, mask, threshold)
-    rank = len(build.value(mask).shape)
-    if rank >= 2:
-        mask = build.call(torch.ops.aten.squeeze.dim, mask, -2)
-    for _ in range(rank - 1, 3) if rank >= 2 else range(rank, 3):
-        mask = build.call(torch.ops.aten.unsqueeze.default, mask, 0)
-    return build.call(torch.ops.aten.expand.default, mask, [batch, -1, num_tokens], name="valid")
-
-
-def emit_zero_padding(build: GraphBuilder, queries: QueryPadding, out: fx.Node) -> fx.Node:
-    """Insert nodes that yield ``out`` [B, H, Nq, Dv] with zeros for the queries that do not attend."""
-    padding = build.call(torch.ops.aten.logical_not.default, queries.mask)
-    if queries.transposed:
-        padding = build.call(torch.ops.aten.transpose.int, padding, -2, -1)
-    return build.call(torch.ops.aten.masked_fill.Scalar, out, padding, 0.0, name="of_attending_queries")

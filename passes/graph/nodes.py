@@ -18,6 +18,7 @@ from svg2_compile.passes.graph.values import node_value
 __all__ = [
     "SizeEmitter",
     "bind_arguments",
+    "is_bool",
     "module_path",
     "operator_name",
     "shape_of",
@@ -50,6 +51,12 @@ def shape_of(node: Any) -> tuple[Any, ...] | None:
     """The shape of the tensor that a node yields (ints and SymInts); None if it yields no tensor."""
     value = node_value(node) if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def is_bool(node: fx.Node) -> bool:
+    """Whether a node yields a bool tensor."""
+    value = node_value(node)
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
 
 
 def users_of(node: fx.Node) -> set[fx.Node]:

@@ -1,0 +1,55 @@
+"""What is known of one attention of a graph: where it is and how it computes, or why it cannot be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+__all__ = ["AttentionCall", "UnreadableAttention"]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention: softmax(scale * query @ key^T + mask) @ value.
+
+    node: yields the attention's output alone, in the layout ``axes``. query, key, value: its inputs. axes: "bhnd"
+    ([B, H, N, D]), "bnhd" or "gnd" ([B * num_heads, N, D]). key_transposed: the last two axes of key are swapped.
+    attn_mask: bool (True = attend, or False = attend where mask_excludes) or additive; in "gnd" calls broadcastable to
+    [B, num_heads, N, N]. scale: None means 1 / sqrt(head_dim). form: which spelling was read. name: module path.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    attn_mask: fx.Node | None = None
+    mask_excludes: bool = False
+    scale: float | None = None
+    is_causal: bool = False
+    dropout_p: float = 0.0
+    axes: str = "bhnd"
+    key_transposed: bool = False
+    num_heads: int | None = None
+    form: str = "sdpa"
+    name: str = ""
+
+    @property
+    def token_dim(self) -> int:
+        """Which axis of the query holds the tokens."""
+        return 2 if self.axes == "bhnd" else 1
+
+    @property
+    def key_token_dim(self) -> int:
+        """Which axis of the key holds the tokens."""
+        return self.token_dim + 1 if self.key_transposed else self.token_dim
+
+
+@dataclass(frozen=True)
+class UnreadableAttention:
+    """An attention that cannot be rewritten as it is spelled. reason: a stable code; detail: the way out."""
+
+    node: fx.Node
+    name: str
+    reason: str
+    detail: str
