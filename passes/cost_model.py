@@ -41,14 +41,52 @@ class DeviceProfile:
 
 
 CPU = DeviceProfile(
-    *("cpu", 1.6e11, 1.3e11, 0.5e11, 5e9, 1.5e-4, 1e-3, 1e-3),
+    name="cpu",
+    dense_flops=1.6e11,
+    sparse_flops=1.3e11,
+    kmeans_flops=0.5e11,
+    bandwidth=5e9,
+    cluster_overhead=1.5e-4,
+    head_overhead=1e-3,
+    call_overhead=1e-3,
     source="fitted to bench/cpu_attention on 2 cores: float32, 1,024 to 32,768 tokens",
 )
 # Devices without kernels of their own run the readable reference, which is there to be right.
-REFERENCE = DeviceProfile("the reference", 1.0e14, 1.0e9, 1.0e9, 1e9, 1.0, 1.0, 1.0, "no fast kernels for this device")
+REFERENCE = DeviceProfile(
+    name="the reference",
+    dense_flops=1.0e14,
+    sparse_flops=1.0e9,
+    kmeans_flops=1.0e9,
+    bandwidth=1e9,
+    cluster_overhead=1.0,
+    head_overhead=1.0,
+    call_overhead=1.0,
+    source="no fast kernels for this device",
+)
+# By the major version of the compute capability.
 _GPUS = {
-    8: DeviceProfile("sm_80", 1.9e14, 1.2e14, 1.0e14, 1.2e12, 0.0, 2e-6, 6e-5, "estimate, not measured"),
-    9: DeviceProfile("sm_90", 6.0e14, 4.0e14, 3.0e14, 2.5e12, 0.0, 1e-6, 6e-5, "estimate, not measured"),
+    8: DeviceProfile(
+        name="sm_80",
+        dense_flops=1.9e14,
+        sparse_flops=1.2e14,
+        kmeans_flops=1.0e14,
+        bandwidth=1.2e12,
+        cluster_overhead=0.0,
+        head_overhead=2e-6,
+        call_overhead=6e-5,
+        source="estimate, not measured",
+    ),
+    9: DeviceProfile(
+        name="sm_90",
+        dense_flops=6.0e14,
+        sparse_flops=4.0e14,
+        kmeans_flops=3.0e14,
+        bandwidth=2.5e12,
+        cluster_overhead=0.0,
+        head_overhead=1e-6,
+        call_overhead=6e-5,
+        source="estimate, not measured",
+    ),
 }
 
 # (top_p, density): published mean densities of SVG2 (algorithm: SVG2 0.9 -> 25-32 %, SVG2-Turbo 0.7 -> 13-14 %).

@@ -34,9 +34,9 @@ from torch import fx
 
 from svg2_compile.kernels import ops as _ops  # noqa: F401  (registers the svg2:: operators)
 from svg2_compile.passes.attention.emit_padding import emit_valid, emit_zero_padding
-from svg2_compile.passes.decide_sites import Site
 from svg2_compile.passes.graph.builder import GraphBuilder
-from svg2_compile.passes.graph.nodes import SizeEmitter
+from svg2_compile.passes.graph.sizes import SizeEmitter
+from svg2_compile.passes.sites import Site
 
 __all__ = ["Clustering", "SparseSite", "SparsityPolicy", "sparsify"]
 

@@ -13,8 +13,9 @@ from torch import fx
 from svg2_compile.logs.logger import dump_graph, get_logger
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.find import find_attention
-from svg2_compile.passes.decide_sites import Site, Skip, decide_sites
+from svg2_compile.passes.decide_sites import decide_sites
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
+from svg2_compile.passes.sites import Site, Skip
 from svg2_compile.passes.sparsify import SparseSite, sparsify
 from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout

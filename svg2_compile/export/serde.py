@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions as torch_functions
 
 from svg2_compile.export.errors import ExportError
-from svg2_compile.passes.graph.nodes import solve_for_symbol
+from svg2_compile.passes.graph.sizes import solve_for_symbol
 from svg2_compile.passes.graph.values import fake_mode_of
 
 try:

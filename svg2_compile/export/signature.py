@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from svg2_compile.export.conditions import read_conditions
 from svg2_compile.export.errors import ExportError
-from svg2_compile.passes.graph.nodes import solve_for_symbol
+from svg2_compile.passes.graph.sizes import solve_for_symbol
 
 __all__ = ["CallSignature", "Leaf"]
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svg2_compile.kernels.triton.workspace import plan_workspace
-from svg2_compile.passes.decide_sites import Site, Skip
+from svg2_compile.passes.sites import Site, Skip
 from svg2_compile.runtime.history import SiteRecord
 
 if TYPE_CHECKING:

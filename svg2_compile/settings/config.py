@@ -15,7 +15,7 @@ from svg2_compile.settings.options import ConfigError, canonical_names, parse_va
 from svg2_compile.settings.presets import load_preset
 
 if TYPE_CHECKING:
-    from svg2_compile.passes.decide_sites import SitePolicy
+    from svg2_compile.passes.sites import SitePolicy
     from svg2_compile.passes.sparsify import SparsityPolicy
 
 __all__ = ["ConfigError", "Svg2Config", "package_version"]
@@ -148,7 +148,7 @@ class Svg2Config:
 
     def site_policy(self) -> SitePolicy:
         """The part of the settings that decides which attentions become sparse."""
-        from svg2_compile.passes.decide_sites import SitePolicy
+        from svg2_compile.passes.sites import SitePolicy
 
         return SitePolicy(**self._only(SitePolicy))
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from svg2_compile.passes.attention.find import find_attention
-from svg2_compile.passes.decide_sites import Site, SitePolicy, Skip, decide_sites
+from svg2_compile.passes.decide_sites import decide_sites
 from svg2_compile.passes.graph.builder import copy_graph_module
+from svg2_compile.passes.sites import Site, SitePolicy, Skip
 from svg2_compile.passes.sparsify import SparseSite, SparsityPolicy, sparsify
 from svg2_compile.passes.token_layout import analyse_token_layout
 

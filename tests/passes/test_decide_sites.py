@@ -10,7 +10,8 @@ from torch import nn
 
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
 from svg2_compile.passes.attention.find import find_attention
-from svg2_compile.passes.decide_sites import Site, decide_sites
+from svg2_compile.passes.decide_sites import decide_sites
+from svg2_compile.passes.sites import Site
 from svg2_compile.passes.token_layout import analyse_token_layout
 from tests.passes.attention_graphs import DIM, SITES, decide, dynamo_graph, model_of, reasons, sdpa, video
 

@@ -10,7 +10,7 @@ import pytest
 import sympy
 import torch
 
-from svg2_compile.passes.decide_sites import Site
+from svg2_compile.passes.sites import Site
 from svg2_compile.reporting.report import Report, describe
 from svg2_compile.settings.config import Svg2Config
 

@@ -7,7 +7,8 @@ import sympy
 import torch
 from torch import fx, nn
 
-from svg2_compile.passes.graph.nodes import SizeEmitter, bind_arguments, module_path, operator_name, solve_for_symbol
+from svg2_compile.passes.graph.nodes import bind_arguments, module_path, operator_name
+from svg2_compile.passes.graph.sizes import SizeEmitter, solve_for_symbol
 from tests.passes.attention_graphs import dynamo_graph, model_of, sdpa, video
 
 

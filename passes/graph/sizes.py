@@ -1,0 +1,117 @@
+"""Symbolic sizes: as plain ints where they are known, solved for their symbol, and as nodes of a graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from svg2_compile.passes.graph.values import node_value
+
+__all__ = ["SizeEmitter", "plain_size", "solve_for_symbol"]
+
+
+def plain_size(size: Any) -> Any:
+    """An int where a size is known, else the expression."""
+    return int(size) if isinstance(size, int) or size.is_Integer else size
+
+
+def solve_for_symbol(extent: sympy.Expr) -> tuple[sympy.Symbol, int, int] | None:
+    """``(symbol, factor, offset)`` of an extent ``factor * symbol + offset``; None if it is something else.
+
+    A dimension that torch.export was told to be ``2 * n`` has the extent 2*s0, and no other value may have the size s0.
+    """
+    if len(extent.free_symbols) != 1:
+        return None
+    (symbol,) = extent.free_symbols
+    factor = extent.coeff(symbol, 1)
+    offset = extent - factor * symbol
+    if not (factor.is_Integer and offset.is_Integer and factor > 0):
+        return None
+    return symbol, int(factor), int(offset)
+
+
+class SizeEmitter:
+    """Turns token counts (ints, or sympy expressions over the sizes of a graph's values) into graph arguments.
+
+    Args:
+        graph: symbols are read from its SymInt nodes or, failing that, from the shapes of its tensors.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        # Where a symbol is read, and how it is computed from what is read there.
+        self._symbols: dict[sympy.Symbol, tuple[fx.Node, int | None]] = {}
+        self._linear: dict[sympy.Symbol, tuple[fx.Node, int, int, int]] = {}
+        for node in graph.nodes:
+            self._learn(node)
+
+    def emit(self, size: int | sympy.Expr, before: fx.Node) -> int | fx.Node:
+        """``size`` as an argument for a node in front of ``before``.
+
+        Raises:
+            ValueError: the expression has a symbol that no value of the graph in front of ``before`` has.
+        """
+        if isinstance(size, int):
+            return size
+        if size.is_Integer:
+            return int(size)
+        with self._graph.inserting_before(before):
+            tracer = fx.proxy.GraphAppendingTracer(self._graph)
+            environment = {
+                symbol: fx.Proxy(self._symbol_node(symbol), tracer)
+                for symbol in sorted(size.free_symbols, key=lambda symbol: symbol.name)
+            }
+            marker = set(self._graph.nodes)
+            result = sympy_interp(PythonReferenceAnalysis, environment, size)
+            self._annotate(marker)
+        assert isinstance(result, fx.Proxy)
+        return result.node
+
+    def _learn(self, node: fx.Node) -> None:
+        value = node_value(node)
+        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            self._symbols.setdefault(value.node.expr, (node, None))
+        elif isinstance(value, torch.Tensor):
+            for dim, extent in enumerate(value.shape):
+                if not isinstance(extent, torch.SymInt):
+                    continue
+                if isinstance(extent.node.expr, sympy.Symbol):
+                    self._symbols.setdefault(extent.node.expr, (node, dim))
+                elif (solved := solve_for_symbol(extent.node.expr)) is not None:
+                    symbol, factor, offset = solved
+                    self._linear.setdefault(symbol, (node, dim, factor, offset))
+
+    def _symbol_node(self, symbol: sympy.Symbol) -> fx.Node:
+        if symbol in self._symbols:
+            node, dim = self._symbols[symbol]
+            return node if dim is None else self._call(torch.ops.aten.sym_size.int, node, dim)
+        if symbol not in self._linear:
+            raise ValueError(f"no value of the graph has the size {symbol}")
+        node, dim, factor, offset = self._linear[symbol]
+        size = self._call(torch.ops.aten.sym_size.int, node, dim)
+        return self._call(operator.floordiv, self._call(operator.sub, size, offset), factor)
+
+    def _call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        node = self._graph.call_function(target, args)
+        self._evaluate(node)
+        return node
+
+    def _annotate(self, known: set[fx.Node]) -> None:
+        for node in self._graph.nodes:
+            if node not in known:
+                self._evaluate(node)
+
+    def _evaluate(self, node: fx.Node) -> None:
+        """Give a new node the fake value that it has on its arguments' fake values."""
+        key = "val" if any("val" in n.meta for n in node.all_input_nodes) else "example_value"
+        args, kwargs = fx.map_arg((node.args, node.kwargs), node_value)
+        target = node.target
+        assert callable(target)
+        node.meta[key] = target(*args, **kwargs)
