@@ -31,7 +31,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from svg2_compile.passes.graph.builder import fake_mode_of, metadata_key
+from svg2_compile.passes.graph.values import find_fake_mode, metadata_key
 from svg2_compile.passes.sparsify import Clustering, SparseSite
 
 __all__ = ["StateSlot", "StateSpec", "hoist_centroids"]
@@ -103,7 +103,7 @@ class _Placeholders:
         existing = graph.find_nodes(op="placeholder")
         self.count = len(existing)
         self._last = existing[-1]
-        self._fake_mode = fake_mode_of(graph)
+        self._fake_mode = find_fake_mode(graph)
 
     def append(self, name: str, like: fx.Node) -> fx.Node:
         """A tensor input of the shape and dtype of the node that it will replace."""

@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from svg2_compile.passes.graph.nodes import operator_name
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.token_layout import TokenLayouts
 
@@ -79,15 +80,9 @@ def _ancestors_of_periodic_nodes(gm: fx.GraphModule) -> set[fx.Node]:
         graph.add_edges_from((source, node) for source in node.all_input_nodes if not _is_size(source))
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if node.op in ("call_function", "call_method") and _operator_name(node) in _PERIODIC:
+        if node.op in ("call_function", "call_method") and operator_name(node) in _PERIODIC:
             found |= nx.ancestors(graph, node)
     return found
-
-
-def _operator_name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.rpartition("::")[2]
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _is_size(node: fx.Node) -> bool:

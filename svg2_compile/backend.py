@@ -11,14 +11,15 @@ from torch import fx
 
 from svg2_compile.codegen.inner_backend import compile_inner
 from svg2_compile.logs.logger import get_logger
-from svg2_compile.passes.graph.builder import copy_graph_module, metadata_key
+from svg2_compile.passes.graph.builder import copy_graph_module
+from svg2_compile.passes.graph.values import graph_device, input_values, metadata_key
 from svg2_compile.pipeline import PIPELINE, Compilation, run_passes
 from svg2_compile.reporting.report import GraphReport, SiteReport, describe
 from svg2_compile.runtime.program import CompiledGraph, DenoisingProgram
 from svg2_compile.runtime.session import Session, TimeReader
 from svg2_compile.settings.config import Svg2Config
 
-__all__ = ["Svg2Backend", "device_of", "svg2"]
+__all__ = ["Svg2Backend", "svg2"]
 
 log = get_logger()
 
@@ -68,7 +69,7 @@ class Svg2Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
         name = f"graph_{next(_graph_numbers)}"
-        dense = CompiledGraph(gm, _fake_inputs(gm), self._compile_inner)
+        dense = CompiledGraph(gm, input_values(gm), self._compile_inner)
         if _is_training(example_inputs):
             self.session.once.warning(
                 "training",
@@ -81,7 +82,7 @@ class Svg2Backend:
             return dense.compile(example_inputs)
         sparse = None
         if compilation.spec is not None:
-            sparse = CompiledGraph(compilation.gm, _fake_inputs(compilation.gm), self._compile_inner)
+            sparse = CompiledGraph(compilation.gm, input_values(compilation.gm), self._compile_inner)
         program = self._program(name, compilation, dense, sparse)
         self._compile_first(program, example_inputs)
         return program
@@ -89,7 +90,7 @@ class Svg2Backend:
     def _analyse_and_rewrite(self, gm: fx.GraphModule, name: str) -> Compilation | None:
         """Run the pipeline on a copy. None, and a warning, if a pass fails: then the graph stays dense."""
         copied = copy_graph_module(gm)
-        compilation = Compilation(copied, self.config, device_of(gm), self.regional, name=name)
+        compilation = Compilation(copied, self.config, graph_device(gm), self.regional, name=name)
         try:
             return run_passes(compilation, PIPELINE)
         except Exception as error:
@@ -138,17 +139,12 @@ class Svg2Backend:
         if dense_first or program.sparse is None:
             program.dense.compile(example_inputs)
         if program.sparse is not None and (dynamic or not dense_first):
-            extra = _fake_inputs(program.sparse.gm)[len(example_inputs) :]
+            extra = input_values(program.sparse.gm)[len(example_inputs) :]
             program.sparse.compile([*example_inputs, *extra])
 
     def _compile_inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         config = self.config
         return compile_inner(gm, example_inputs, config.inner_backend, config.inductor_mode, strict=config.strict)
-
-
-def _fake_inputs(gm: fx.GraphModule) -> list[Any]:
-    key = metadata_key(gm.graph)
-    return [node.meta.get(key) for node in gm.graph.find_nodes(op="placeholder")]
 
 
 def _is_dynamic(gm: fx.GraphModule) -> bool:
@@ -161,13 +157,6 @@ def _is_dynamic(gm: fx.GraphModule) -> bool:
         if isinstance(value, torch.Tensor) and any(isinstance(extent, torch.SymInt) for extent in value.shape):
             return True
     return False
-
-
-def device_of(gm: fx.GraphModule) -> torch.device:
-    """The device that the graph computes on: an accelerator if any input is on one, else the CPU."""
-    devices = [value.device for value in _fake_inputs(gm) if isinstance(value, torch.Tensor)]
-    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
-    return (accelerators or devices or [torch.device("cpu")])[0]
 
 
 def _is_training(example_inputs: Sequence[Any]) -> bool:

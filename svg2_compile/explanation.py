@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from svg2_compile.backend import device_of
 from svg2_compile.passes.graph.builder import copy_graph_module
+from svg2_compile.passes.graph.values import graph_device
 from svg2_compile.pipeline import ANALYSES, Compilation, run_passes
 from svg2_compile.reporting.report import GraphReport, Report, describe
 from svg2_compile.settings.config import Svg2Config
@@ -69,7 +69,7 @@ def _explain_once(
     result = Report()
 
     def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compilation = Compilation(copy_graph_module(gm), config, device_of(gm))
+        compilation = Compilation(copy_graph_module(gm), config, graph_device(gm))
         run_passes(compilation, ANALYSES)
         number = len(result.graphs)
         result.sites.extend(describe(compilation.decisions, number, config, compilation.device))

@@ -8,34 +8,19 @@ metadata of the rewritten graph stays as complete as that of the graph that came
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svg2_compile.passes.graph.values import fake_mode_of_values, node_value
+from svg2_compile.passes.graph.values import find_fake_mode, metadata_key
 
-__all__ = ["GraphBuilder", "copy_graph_module", "fake_mode_of", "metadata_key"]
+__all__ = ["GraphBuilder", "copy_graph_module"]
 
 # What a node inserted next to another inherits from it: where in the user's model it comes from.
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
-
-
-def metadata_key(graph: fx.Graph) -> str:
-    """Return the key under which this graph's nodes keep their fake values: "example_value" or "val"."""
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            # Strict export leaves Dynamo's metadata on some nodes beside its own.
-            return "val" if "val" in node.meta else "example_value"
-    return "val"
-
-
-def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
-    """Return the FakeTensorMode that the metadata of the graph belong to, None if they carry none."""
-    modes = (fake_mode_of_values(node_value(node)) for node in graph.nodes)
-    return next((mode for mode in modes if mode is not None), None)
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -69,7 +54,7 @@ class GraphBuilder:
         self.anchor = anchor
         self.prefix = prefix
         self.key = metadata_key(graph)
-        self._fake_mode = fake_mode_of(graph)
+        self._fake_mode = find_fake_mode(graph)
         self._provenance = {key: anchor.meta[key] for key in _PROVENANCE if key in anchor.meta}
 
     def value(self, node: fx.Node) -> Any:
@@ -88,8 +73,6 @@ class GraphBuilder:
 
     def unpack(self, node: fx.Node, names: Sequence[str]) -> tuple[fx.Node, ...]:
         """Insert one getitem for each output of a multi-output node."""
-        import operator
-
         return tuple(self.call(operator.getitem, node, index, name=name) for index, name in enumerate(names))
 
     def size(self, node: fx.Node, dim: int) -> int | fx.Node:

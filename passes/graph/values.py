@@ -31,13 +31,37 @@ def is_parameter(node: fx.Node) -> bool:
     return node.name.startswith(("p_", "b_", "c_"))
 
 
+def metadata_key(graph: fx.Graph) -> str:
+    """The key under which this graph's nodes keep their fake values: "example_value" or "val"."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            # Strict export leaves Dynamo's metadata on some nodes beside its own.
+            return "val" if "val" in node.meta else "example_value"
+    return "val"
+
+
+def input_values(gm: fx.GraphModule) -> list[Any]:
+    """The example values of the graph's inputs, in their order."""
+    return [node_value(node) for node in gm.graph.find_nodes(op="placeholder")]
+
+
+def graph_device(gm: fx.GraphModule) -> torch.device:
+    """The device that the graph computes on: an accelerator if any input is on one, else the CPU."""
+    devices = [value.device for value in input_values(gm) if isinstance(value, torch.Tensor)]
+    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+    return (accelerators or devices or [torch.device("cpu")])[0]
+
+
+def find_fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The fake mode that the metadata of the graph belong to; None if they hold no fake tensor."""
+    modes = (fake_mode_of_values(node_value(node)) for node in graph.nodes)
+    return next((mode for mode in modes if mode is not None), None)
+
+
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
-    """The fake mode of the graph's metadata; a new one where no node has a tensor."""
-    for node in gm.graph.nodes:
-        mode = fake_mode_of_values(node_value(node))
-        if mode is not None:
-            return mode
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    """The fake mode of the graph's metadata; a new one where no node has a fake tensor."""
+    mode = find_fake_mode(gm.graph)
+    return FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
 
 
 def fake_mode_of_values(values: Any) -> FakeTensorMode | None:

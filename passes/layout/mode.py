@@ -21,15 +21,15 @@ from torch.utils._pytree import tree_leaves
 from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis, same_length, size_expr
 from svg2_compile.passes.layout.op_call import (
     OpCall,
-    bind_arguments,
+    arguments_with_defaults,
     constant_axes,
     fit,
     is_constant,
     sizes_of,
     unknown_axes,
 )
-from svg2_compile.passes.layout.rules.compute import ATTENTION_PACKETS, SOFTMAX_PACKETS, TOKEN_MAJOR_ATTENTION, rule_for
 from svg2_compile.passes.layout.rules.join import replaced, replaced_by_step, start_of
+from svg2_compile.passes.layout.rules.table import ATTENTION_PACKETS, SOFTMAX_PACKETS, TOKEN_MAJOR_ATTENTION, rule_for
 
 _AXES = "_svg2_axes"
 _ORIGIN = "_svg2_origin"
@@ -108,7 +108,7 @@ class LayoutMode(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             self.data_dependent = True
         if outputs:
-            self._record(OpCall(func, bind_arguments(func, args, kwargs), outputs, self.axes_of))
+            self._record(OpCall(func, arguments_with_defaults(func, args, kwargs), outputs, self.axes_of))
         return result
 
     def _record(self, call: OpCall) -> None:

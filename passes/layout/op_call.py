@@ -69,8 +69,8 @@ def _parameters_of(func: OpOverload) -> tuple[tuple[str, Any], ...]:
     return tuple((a.name, a.default_value if a.has_default_value() else None) for a in func._schema.arguments)
 
 
-def bind_arguments(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, defaults included."""
+def arguments_with_defaults(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by schema name, with the defaults of those that were not given."""
     parameters = _parameters_of(func)
     bound = dict(parameters)
     bound.update(zip((name for name, _ in parameters), args, strict=False))

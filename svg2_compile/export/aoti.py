@@ -20,17 +20,16 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from svg2_compile.backend import device_of
 from svg2_compile.codegen.inner_backend import inductor_problem
 from svg2_compile.export.archive import ArchiveReader, ArchiveWriter
 from svg2_compile.export.errors import ExportError
 from svg2_compile.export.file import write_program
-from svg2_compile.export.graphs import ExportedGraph, fake_inputs, flat_module, new_guards
+from svg2_compile.export.graphs import ExportedGraph, flat_module, new_guards
 from svg2_compile.export.manifest import describe_program
 from svg2_compile.export.serde import expression_from_text
 from svg2_compile.export.transformed import MakeGraph, TransformedProgram, check_transformed
 from svg2_compile.passes.graph.nodes import bind_arguments
-from svg2_compile.passes.graph.values import fake_mode_of
+from svg2_compile.passes.graph.values import fake_mode_of, graph_device, input_values
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["package", "packaged_graphs"]
@@ -57,7 +56,7 @@ def package(program: TransformedProgram, path: str | os.PathLike[str]) -> None:
     check_transformed(program)
     gm = flat_module(program.dense)
     _check_program(program, gm)
-    device = device_of(gm)
+    device = graph_device(gm)
     problem = inductor_problem(device.type)
     if problem is not None:
         raise ExportError(f"program: AOTInductor cannot compile for {device.type} here: {problem}.")
@@ -122,7 +121,7 @@ class PackagedGraph(ExportedGraph):
 
     def _length(self, number: int) -> torch.Tensor:
         if number not in self._lengths:
-            device = next(value.device for value in fake_inputs(self.gm) if isinstance(value, torch.Tensor))
+            device = next(value.device for value in input_values(self.gm) if isinstance(value, torch.Tensor))
             self._lengths[number] = torch.empty(number + 1, dtype=torch.uint8, device=device)
         return self._lengths[number]
 
@@ -174,7 +173,7 @@ def _compile(program: TransformedProgram, target: Path) -> dict[str, list[str]]:
             continue
         gm = _with_tensors_only(flat_module(graph))
         with torch.no_grad(), new_guards(gm) as guards:
-            made = aot_compile(gm, tuple(fake_inputs(gm)), options=options)
+            made = aot_compile(gm, tuple(input_values(gm)), options=options)
         assert isinstance(made, list)
         files[which] = made
         assumed[which] = [sympy.srepr(guard) for guard in guards]
@@ -188,7 +187,7 @@ def _with_tensors_only(gm: fx.GraphModule) -> fx.GraphModule:
     Less one, because compilers take lengths of one for a special case.
     """
     gm.graph.output_node().args = (tuple(item for item in _outputs(gm) if isinstance(item, fx.Node)),)
-    device = next(value.device for value in fake_inputs(gm) if isinstance(value, torch.Tensor))
+    device = next(value.device for value in input_values(gm) if isinstance(value, torch.Tensor))
     for node in gm.graph.find_nodes(op="placeholder"):
         number = node.meta["val"]
         if isinstance(number, torch.Tensor):

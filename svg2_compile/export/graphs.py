@@ -12,11 +12,11 @@ from torch.export import ExportedProgram
 
 from svg2_compile.codegen.inner_backend import compile_inner
 from svg2_compile.logs.logger import Once, get_logger
-from svg2_compile.passes.graph.values import fake_mode_of
+from svg2_compile.passes.graph.values import fake_mode_of, input_values
 from svg2_compile.runtime.program import CompiledGraph, SymbolBinder
 from svg2_compile.settings.config import Svg2Config
 
-__all__ = ["ExportedGraph", "fake_inputs", "flat_module", "new_guards"]
+__all__ = ["ExportedGraph", "flat_module", "new_guards"]
 
 log = get_logger()
 
@@ -30,11 +30,6 @@ def flat_module(program: ExportedProgram) -> fx.GraphModule:
         if not isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt, torch.SymFloat)):
             graph.erase_node(node)
     return fx.GraphModule(module, graph)
-
-
-def fake_inputs(gm: fx.GraphModule) -> list[Any]:
-    """The example values of the inputs of a flat module."""
-    return [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
 
 
 @contextlib.contextmanager
@@ -61,7 +56,7 @@ class ExportedGraph(CompiledGraph):
         self._assumed: list[Any] = []
         self._verdicts: dict[tuple[int, ...], bool] = {}
         self._once = Once(log)
-        super().__init__(gm, fake_inputs(gm), self._compile)
+        super().__init__(gm, input_values(gm), self._compile)
 
     @classmethod
     def of(cls, which: str, program: ExportedProgram, config: Svg2Config) -> ExportedGraph:

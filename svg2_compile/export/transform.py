@@ -22,13 +22,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from svg2_compile.backend import device_of
 from svg2_compile.export.errors import ExportError
 from svg2_compile.export.transformed import TimeSource, TransformedProgram
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.attention.find import find_attention
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path
+from svg2_compile.passes.graph.values import graph_device
 from svg2_compile.passes.hoist_centroids import StateSpec
 from svg2_compile.pipeline import PIPELINE, Compilation, Pass, run_passes
 from svg2_compile.reporting.report import GraphReport, describe
@@ -108,7 +108,7 @@ def run_on_program(program: ExportedProgram, config: Svg2Config, passes: tuple[P
     gm = copy_graph_module(program.graph_module)
     weights = frozenset(name for name, spec in _inputs(program) if spec.kind != InputKind.USER_INPUT)
     name = next((path for path in map(_class_name, program.graph.nodes) if path), "program")
-    return run_passes(Compilation(gm, config, device_of(gm), name=name, parameters=weights), passes)
+    return run_passes(Compilation(gm, config, graph_device(gm), name=name, parameters=weights), passes)
 
 
 def _opened(program: ExportedProgram) -> ExportedProgram:

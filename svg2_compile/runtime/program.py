@@ -13,8 +13,8 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 
-from svg2_compile.passes.graph.builder import metadata_key
 from svg2_compile.passes.graph.sizes import solve_for_symbol
+from svg2_compile.passes.graph.values import metadata_key
 from svg2_compile.passes.hoist_centroids import StateSpec
 from svg2_compile.reporting.report import GraphReport, SiteReport
 from svg2_compile.runtime.history import CallRecord, qualified

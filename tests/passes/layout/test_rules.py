@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from svg2_compile.passes.layout.axes import MIXED, Axes, Axis, Segment, constant, make_axis
 from svg2_compile.passes.layout.mode import LayoutMode
-from svg2_compile.passes.layout.rules.compute import RULES, rule_for
+from svg2_compile.passes.layout.rules.table import RULES, rule_for
 
 Spec = tuple[str, ...]
 
