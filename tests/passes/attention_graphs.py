@@ -18,6 +18,7 @@ from svg2_compile.passes.token_layout import analyse_token_layout
 
 HEADS, HEAD_DIM = 2, 8
 DIM = HEADS * HEAD_DIM
+DIALECTS = ("dynamo", "exported", "decomposed")
 
 SITES = SitePolicy(
     min_tokens=0,
@@ -106,6 +107,26 @@ def rewritten(gm: fx.GraphModule, policy: SparsityPolicy = KEEP_ALL) -> tuple[fx
     copied = copy_graph_module(gm)
     sites = [decision for decision in decide(copied) if isinstance(decision, Site)]
     return copied, sparsify(copied, sites, policy)
+
+
+def assert_unchanged(gm: fx.GraphModule, inputs: list[Any], expected: torch.Tensor) -> None:
+    """The graph has one attention, and made sparse with all clusters kept it computes what was expected."""
+    copied, sites = rewritten(gm)
+    assert len(sites) == 1
+    with torch.no_grad():
+        (actual,) = copied(*inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def assert_spelling_is_exact(attend: Callable[..., torch.Tensor], dialect: str) -> None:
+    """An attention of this spelling is read in a graph of this dialect, and made sparse it computes the same."""
+    model = model_of(attend)
+    if dialect == "dynamo":
+        gm, inputs = dynamo_graph(model, video())
+    else:
+        gm, inputs = exported_graph(model, video(), decomposed=dialect == "decomposed")
+    with torch.no_grad():
+        assert_unchanged(gm, inputs, model(video()))
 
 
 def reasons(gm: fx.GraphModule, policy: SitePolicy = SITES, **options: Any) -> list[str]:

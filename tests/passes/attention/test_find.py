@@ -8,17 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from svg2_compile.passes.attention.find import find_attention
 from tests.passes.attention_graphs import (
-    HEAD_DIM,
+    DIALECTS,
     HEADS,
     SelfAttention,
+    assert_spelling_is_exact,
+    assert_unchanged,
     dynamo_graph,
-    exported_graph,
     model_of,
-    reasons,
-    rewritten,
     sdpa,
     video,
 )
@@ -26,36 +26,6 @@ from tests.passes.attention_graphs import (
 
 def keyword(query, key, value):
     return F.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=None, scale=0.3)
-
-
-def softmax_matmul(query, key, value):
-    return torch.softmax(query @ key.transpose(-2, -1) * HEAD_DIM**-0.5, dim=-1) @ value
-
-
-def softmax_method_divided(query, key, value):
-    scores = torch.matmul(query, key.transpose(-1, -2)) / HEAD_DIM**0.5
-    return torch.matmul(scores.softmax(-1).to(value.dtype), value)
-
-
-def scaled_query(query, key, value):
-    return F.softmax((query * 0.2) @ key.mT, dim=-1) @ value
-
-
-def bmm_three_axes(query, key, value):
-    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).mul(0.25).softmax(-1), v).unflatten(0, (-1, HEADS))
-
-
-def baddbmm(query, key, value):
-    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-    empty = torch.empty(q.shape[0], q.shape[1], k.shape[1])
-    scores = torch.baddbmm(empty, q, k.transpose(-1, -2), beta=0, alpha=0.25)
-    return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, (-1, HEADS))
-
-
-def inactive_dropout(query, key, value):
-    weights = F.dropout(torch.softmax(query @ key.mT, -1), p=0.1, training=False)
-    return weights @ value
 
 
 def grouped_heads(query, key, value):
@@ -69,51 +39,15 @@ def repeated_heads(query, key, value):
 SPELLINGS = [
     sdpa,
     keyword,
-    softmax_matmul,
-    softmax_method_divided,
-    scaled_query,
-    bmm_three_axes,
-    baddbmm,
-    inactive_dropout,
     grouped_heads,
     repeated_heads,
 ]
 
 
-def _check(gm, inputs, expected):
-    copied, sites = rewritten(gm)
-    assert len(sites) == 1
-    with torch.no_grad():
-        (actual,) = copied(*inputs)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("attend", SPELLINGS)
-def test_dynamo_graphs(attend):
-    model = model_of(attend)
-    gm, inputs = dynamo_graph(model, video())
-    with torch.no_grad():
-        _check(gm, inputs, model(video()))
-
-
-@pytest.mark.parametrize("decomposed", [False, True], ids=["as exported", "decomposed"])
-@pytest.mark.parametrize("attend", SPELLINGS)
-def test_exported_graphs(attend, decomposed):
-    model = model_of(attend)
-    gm, inputs = exported_graph(model, video(), decomposed=decomposed)
-    with torch.no_grad():
-        _check(gm, inputs, model(video()))
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("decomposed", [False, True], ids=["as exported", "decomposed"])
-def test_exported_masks(decomposed, strict):
-    mask = torch.ones(2, 1, 1, 21, dtype=torch.bool)
-    mask[0, ..., 17:] = False
-    model = model_of(sdpa)
-    gm, inputs = exported_graph(model, video(), mask, decomposed=decomposed, strict=strict)
-    with torch.no_grad():
-        _check(gm, inputs, model(video(), mask))
+def test_spellings(attend, dialect):
+    assert_spelling_is_exact(attend, dialect)
 
 
 def _fused_graph(use_lse: bool, target=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default):
@@ -132,7 +66,7 @@ def _fused_graph(use_lse: bool, target=torch.ops.aten._scaled_dot_product_flash_
 def test_fused_kernels():
     gm, inputs = _fused_graph(use_lse=False)
     with torch.no_grad():
-        _check(gm, inputs, gm(*inputs)[0])
+        assert_unchanged(gm, inputs, gm(*inputs)[0])
 
 
 def test_a_used_log_sum_exp_is_unreadable():
@@ -186,57 +120,9 @@ def test_another_librarys_attention_names_the_way_out():
 
 
 def test_flex_attention_is_foreign():
-    from torch.nn.attention.flex_attention import flex_attention
-
     gm, _ = dynamo_graph(model_of(lambda q, k, v: flex_attention(q, k, v)), video(tokens=128))
     calls, found = find_attention(gm)
     assert calls == [] and [one.reason for one in found] == ["foreign_backend"]
-
-
-def _weights_used(query, key, value):
-    weights = torch.softmax(query @ key.mT, -1)
-    return weights @ value + weights.mean()
-
-
-def _active_dropout(query, key, value):
-    return F.dropout(torch.softmax(query @ key.mT, -1), p=0.5, training=True) @ value
-
-
-def _relative_positions(query, key, value):
-    scores = query @ key.mT
-    return torch.softmax(scores + scores.cumsum(-1), -1) @ value
-
-
-def _over_queries(query, key, value):
-    return torch.softmax(query @ key.mT, -2) @ value
-
-
-def _squared(query, key, value):
-    return torch.softmax((query @ key.mT) ** 2, -1) @ value
-
-
-@pytest.mark.parametrize("attend", [_weights_used, _active_dropout, _relative_positions, _over_queries, _squared])
-def test_what_is_not_understood_is_unreadable(attend):
-    gm, _ = dynamo_graph(model_of(attend), video())
-    calls, found = find_attention(gm)
-    assert calls == []
-    assert [one.reason for one in found] in (["unreadable"], [])
-    if attend is not _squared:
-        assert "scaled_dot_product_attention" in found[0].detail
-
-
-@pytest.mark.parametrize(
-    "attend",
-    [
-        lambda q, k, v: torch.softmax(q, -1) * v,
-        lambda q, k, v: q @ (torch.softmax(k, -2).mT @ v),
-        lambda q, k, v: torch.softmax(q.sum(-1), -1).unsqueeze(-1) * v,
-    ],
-    ids=["gate", "linear attention", "pooling"],
-)
-def test_a_softmax_that_is_no_attention_is_not_listed(attend):
-    gm, _ = dynamo_graph(model_of(attend), video())
-    assert [call for call in find_attention(gm)[0] if reasons(gm) == ["sparse"]] == []
 
 
 def test_names_are_module_paths_and_unique():
