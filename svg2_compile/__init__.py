@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svg2_compile.api import Enabled, disable, enable, report, reset
+    from svg2_compile.api import disable, enable, report, reset
     from svg2_compile.compare.paired import compare_with_dense
     from svg2_compile.explanation import explain
     from svg2_compile.export.aoti import package
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from svg2_compile.export.file import load, save
     from svg2_compile.export.transform import transform
     from svg2_compile.export.transformed import TransformedProgram
+    from svg2_compile.hosts.in_place import Enabled
     from svg2_compile.reporting.report import Report
     from svg2_compile.settings.config import ConfigError, Svg2Config
 
@@ -49,7 +50,7 @@ __all__ = [
 
 _HOME = {
     "ConfigError": "svg2_compile.settings.config",
-    "Enabled": "svg2_compile.api",
+    "Enabled": "svg2_compile.hosts.in_place",
     "ExportError": "svg2_compile.export.errors",
     "FileDamaged": "svg2_compile.export.errors",
     "Report": "svg2_compile.reporting.report",

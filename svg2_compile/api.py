@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
-from types import TracebackType
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from svg2_compile.backend import Svg2Backend
-from svg2_compile.explanation import enabled_dynamo_settings
+from svg2_compile.hosts.diffusers import repeated_blocks, transformers_of
+from svg2_compile.hosts.in_place import Enabled, compile_in_place, enabled_of, register
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.clock import SchedulerClock, TimestepClock
 from svg2_compile.runtime.scheduler import SchedulerHook
@@ -22,50 +20,6 @@ if TYPE_CHECKING:
     from svg2_compile.export.transformed import TransformedProgram
 
 __all__ = ["Enabled", "disable", "enable", "report", "reset"]
-
-_enabled: weakref.WeakKeyDictionary[Any, Enabled] = weakref.WeakKeyDictionary()
-
-
-class Enabled:
-    """A pipeline or module that runs sparse. Also a context manager that disables at its end.
-
-    Attributes:
-        session: clock, centroids, history and compiled programs.
-        modules: the modules that were compiled.
-    """
-
-    def __init__(self, target: Any, session: Session) -> None:
-        self.session = session
-        # Weak, like all that is kept of the target here: the registry of enabled targets must not keep them alive.
-        self._modules: list[weakref.ref[nn.Module]] = []
-        self._undo: list[Callable[[], None]] = []
-        self._target = weakref.ref(target)
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [module for reference in self._modules if (module := reference()) is not None]
-
-    def report(self) -> Report:
-        return report_of([self.session])
-
-    def reset(self) -> None:
-        self.session.reset()
-
-    def disable(self) -> None:
-        """Put back exactly what was there."""
-        while self._undo:
-            self._undo.pop()()
-        target = self._target()
-        if target is not None:
-            _enabled.pop(target, None)
-
-    def __enter__(self) -> Enabled:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.disable()
 
 
 def enable(
@@ -100,7 +54,7 @@ def enable(
         ValueError: an option is unknown or out of range, ``regional`` finds no repeated blocks, or ``program`` does not
             fit.
     """
-    modules = _transformers(pipe_or_module)
+    modules = transformers_of(pipe_or_module)
     programs = _programs(program, modules, options, regional)
     config = next(iter(programs.values())).config if programs else Svg2Config.from_options(options)
     disable(pipe_or_module)
@@ -115,17 +69,19 @@ def enable(
     try:
         for name, module in modules.items():
             if programs:
+                from svg2_compile.export.in_pipeline import run_in_place
+
                 if name in programs:
-                    _run_in_place(module, name, programs[name], enabled)
+                    run_in_place(module, name, programs[name], enabled)
                 continue
-            parts = _repeated_blocks(module) if regional else {"": module}
+            parts = repeated_blocks(module) if regional else {"": module}
             for path, part in parts.items():
                 label = ".".join(filter(None, (name, path)))
-                _compile_in_place(part, label, backend, enabled, fullgraph=fullgraph, dynamic=dynamic)
+                compile_in_place(part, label, backend, enabled, fullgraph=fullgraph, dynamic=dynamic)
     except BaseException:
         enabled.disable()
         raise
-    _enabled[pipe_or_module] = enabled
+    register(pipe_or_module, enabled)
     return enabled
 
 
@@ -146,7 +102,7 @@ def _programs(
 
 def disable(pipe_or_module: Any) -> None:
     """Undo ``enable``: put back exactly what was there. Does nothing where nothing was enabled."""
-    enabled = _enabled_of(pipe_or_module)
+    enabled = enabled_of(pipe_or_module)
     if enabled is not None:
         enabled.disable()
 
@@ -162,114 +118,10 @@ def report(target: Any = None) -> Report:
     return report_of(_sessions_of(target))
 
 
-def _transformers(target: Any) -> dict[str, nn.Module]:
-    """The modules to compile, by name: the transformers (or UNets) of a pipeline. A single one needs no name."""
-    if isinstance(target, nn.Module):
-        return {"": getattr(target, "_orig_mod", target)}
-    components = getattr(target, "components", None)
-    if not isinstance(components, Mapping):
-        raise TypeError(
-            f"pipe_or_module: expected a torch.nn.Module or a diffusers pipeline (an object with components), "
-            f"got {type(target).__name__}"
-        )
-    found = {
-        name: getattr(component, "_orig_mod", component)
-        for name, component in components.items()
-        if isinstance(component, nn.Module) and ("transformer" in name or "unet" in name)
-    }
-    if not found:
-        raise TypeError(
-            f"pipe_or_module: {type(target).__name__} has no transformer among its components {sorted(components)}"
-        )
-    return found if len(found) > 1 else {"": next(iter(found.values()))}
-
-
-def _repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that repeat, by path: those that a diffusers class declares, else composite items of ModuleLists."""
-    declared = getattr(module, "_repeated_blocks", None)
-    if declared:
-        blocks = {path: child for path, child in module.named_modules() if type(child).__name__ in declared}
-    else:
-        blocks = {
-            f"{path}.{index}": block
-            for path, child in module.named_modules()
-            if isinstance(child, nn.ModuleList) and len({type(item) for item in child}) == 1
-            for index, block in enumerate(child)
-            if len(list(block.children())) > 1
-        }
-        inner = {id(part) for block in blocks.values() for part in block.modules() if part is not block}
-        blocks = {path: block for path, block in blocks.items() if id(block) not in inner}
-    if not blocks:
-        raise ValueError(f"regional=True: {type(module).__name__} has no repeated blocks; use regional=False")
-    return blocks
-
-
-def _compile_in_place(
-    module: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
-) -> None:
-    """Let calls of ``module`` run compiled."""
-    compiled = torch.compile(module._call_impl, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
-    session = enabled.session
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with session.scope.running(module, label), enabled_dynamo_settings():
-            result = compiled(*args, **kwargs)
-        if not backend.graphs:
-            session.once.warning(
-                "no graph",
-                "%s runs eagerly and dense: Dynamo handed over no graph of it (after too many recompilations it gives "
-                "a function up for good; torch._dynamo.reset() starts over).",
-                type(module).__name__,
-            )
-        return result
-
-    _replace_call(module, call, enabled)
-
-
-def _run_in_place(module: nn.Module, label: str, program: TransformedProgram, enabled: Enabled) -> None:
-    """Let calls of ``module`` run a transformed program."""
-    from svg2_compile.export.in_pipeline import call_through
-
-    session = enabled.session
-    run = call_through(module, program, session)
-    # The module is held weakly: what it is called through must not keep it alive.
-    reference = weakref.ref(module)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        alive = reference()
-        assert alive is not None  # it is being called
-        with session.scope.running(alive, label):
-            return run(*args, **kwargs)
-
-    _replace_call(module, call, enabled)
-
-
-def _replace_call(module: nn.Module, call: Callable[..., Any], enabled: Enabled) -> None:
-    """Let calls of ``module`` go to ``call``; ``enabled`` learns how to undo it."""
-    before = module._compiled_call_impl
-    module._compiled_call_impl = call
-    reference = weakref.ref(module)
-    enabled._modules.append(reference)
-
-    def undo() -> None:
-        alive = reference()
-        if alive is not None:
-            alive._compiled_call_impl = before
-
-    enabled._undo.append(undo)
-
-
-def _enabled_of(target: Any) -> Enabled | None:
-    try:
-        return _enabled.get(target)
-    except TypeError:  # nothing that can be weakly referenced or hashed was ever enabled
-        return None
-
-
 def _sessions_of(target: Any) -> list[Session]:
     if target is None:
         return sessions()
-    enabled = _enabled_of(target)
+    enabled = enabled_of(target)
     if enabled is not None:
         return [enabled.session]
     if isinstance(getattr(target, "session", None), Session):

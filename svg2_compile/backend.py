@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.codegen.inner_backend import compile_inner
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.values import graph_device, input_values, metadata_key
 from svg2_compile.pipeline import PIPELINE, Compilation, run_passes
-from svg2_compile.reporting.report import GraphReport, SiteReport, describe
-from svg2_compile.runtime.program import CompiledGraph, DenoisingProgram
-from svg2_compile.runtime.session import Session, TimeReader
+from svg2_compile.reporting.describe import describe
+from svg2_compile.reporting.records import GraphReport, SiteReport
+from svg2_compile.runtime.program import DenoisingProgram
+from svg2_compile.runtime.session import Session
+from svg2_compile.runtime.time_reader import TimeReader
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["Svg2Backend", "svg2"]

@@ -9,24 +9,16 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from svg2_compile.hosts.dynamo import enabled_dynamo_settings
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.values import graph_device
 from svg2_compile.pipeline import ANALYSES, Compilation, run_passes
-from svg2_compile.reporting.report import GraphReport, Report, describe
+from svg2_compile.reporting.describe import describe
+from svg2_compile.reporting.records import GraphReport
+from svg2_compile.reporting.report import Report
 from svg2_compile.settings.config import Svg2Config
 
-__all__ = ["enabled_dynamo_settings", "explain"]
-
-
-def enabled_dynamo_settings() -> Any:
-    """Dynamo's settings while an enabled model runs, as a context manager.
-
-    Some models pick the valid text tokens by a mask (nonzero); without the first setting they fall into eager pieces
-    whose attention no compiler sees. Every call of enable or explain adds a cache entry to the forward of a class:
-    with the default limit of 8 a long-lived process would silently fall back to eager.
-    """
-    limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, recompile_limit=limit)
+__all__ = ["explain"]
 
 
 def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -10,17 +11,41 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 350
-# Folder -> the prefixes of this project that its files may import.
-ALLOWED = {
-    "kernels": ("svg2_compile.kernels",),
-    "passes": ("svg2_compile.passes", "svg2_compile.kernels"),
-    "svg2_compile": ("svg2_compile",),
-}
 PACKAGES = {"kernels": "svg2_compile.kernels", "passes": "svg2_compile.passes", "svg2_compile": "svg2_compile"}
+
+# The map of the house: every room, and the rooms that its files may import, also inside functions. From the ground up.
+ROOMS = {
+    "kernels.cpu": "kernels.tuning",
+    "kernels.reference": "",
+    "kernels.triton": "kernels.tuning",
+    "kernels.tuning": "kernels",
+    "kernels": "",
+    "passes.graph": "",
+    "passes.layout": "passes.graph",
+    "passes.attention": "passes.graph passes.layout",
+    "passes": "passes.graph passes.layout passes.attention kernels",
+    "logs": "",
+    "settings": "passes",
+    "codegen": "logs passes.graph",
+    "reporting": "settings passes kernels.triton",
+    "runtime": "codegen logs passes reporting settings",
+    "pipeline": "logs passes passes.attention settings",
+    "backend": "codegen logs passes.graph pipeline reporting runtime settings",
+    "hosts": "backend reporting runtime",
+    "explanation": "hosts passes.graph pipeline reporting settings",
+    "export": "codegen hosts logs passes passes.attention passes.graph kernels pipeline reporting runtime settings",
+    "api": "backend export hosts reporting runtime settings",
+    "minidit": "",
+    "compare": "api minidit kernels reporting runtime settings",
+    "tools": "codegen compare explanation export kernels kernels.tuning minidit pipeline reporting settings",
+    "cli": "compare export settings tools",
+    "__init__": "api compare explanation export hosts reporting settings",
+}
 
 
 def _tracked(pattern: str = "*") -> list[Path]:
@@ -32,7 +57,7 @@ def _tracked(pattern: str = "*") -> list[Path]:
     if listing is not None and listing.returncode == 0:
         paths = [ROOT / name for name in listing.stdout.split("\0") if name]
     else:
-        paths = [path for folder in (*ALLOWED, "tests", "bench") for path in (ROOT / folder).rglob(pattern)]
+        paths = [path for folder in (*PACKAGES, "tests", "bench") for path in (ROOT / folder).rglob(pattern)]
     return [path for path in paths if path.is_file()]
 
 
@@ -51,28 +76,55 @@ def _imports(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("folder", ALLOWED)
-def test_imports_point_one_way(folder: str) -> None:
-    files = [path for path in _tracked("*.py") if path.relative_to(ROOT).parts[0] == folder]
-    assert files
-    wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in files
-        for name in _imports(path)
-        if name.split(".")[0] in PACKAGES and not name.startswith(tuple(f"{allowed}." for allowed in ALLOWED[folder]))
-    ]
-    assert wrong == []
+def _module(path: Path) -> str:
+    """The name by which a file is imported."""
+    folder, *parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([PACKAGES[folder], *parts]).removesuffix(".__init__")
 
 
-def test_reference_and_fast_kernels_do_not_import_each_other() -> None:
-    implementations = {"reference", "cpu", "triton"}
-    wrong = []
-    for path in _tracked("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] == "kernels" and parts[1] in implementations:
-            others = tuple(f"svg2_compile.kernels.{name}." for name in implementations - {parts[1]})
-            wrong += [f"{path.relative_to(ROOT)}: {name}" for name in _imports(path) if f"{name}.".startswith(others)]
-    assert wrong == []
+def _room(module: str) -> str:
+    """The room of a module: the longest name in the map that it begins with."""
+    inside = module.removeprefix("svg2_compile").removeprefix(".") or "__init__"
+    found = [room for room in ROOMS if f"{inside}.".startswith(f"{room}.")]
+    assert found, f"{module} is in no room of the map"
+    return max(found, key=len)
+
+
+@functools.cache
+def _import_graph() -> nx.DiGraph:
+    """Every module of the project, and an edge to every one that it imports, wherever in the file."""
+    files = {_module(path): path for path in _tracked("*.py") if path.relative_to(ROOT).parts[0] in PACKAGES}
+    graph = nx.DiGraph()
+    for module, path in files.items():
+        graph.add_node(module)
+        for name in _imports(path):
+            # The name of a module, or of something in it.
+            target = name if name in files else name.rpartition(".")[0]
+            if target in files and target != module:
+                graph.add_edge(module, target)
+    return graph
+
+
+def test_rooms_import_as_the_map_says() -> None:
+    """What the map does not allow is not imported, and what it allows is: so it stays true."""
+    used: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for module, target in _import_graph().edges:
+        if _room(module) != _room(target):
+            used[_room(module)].add(_room(target))
+    assert used == {room: set(allowed.split()) for room, allowed in ROOMS.items()}
+
+
+def test_no_circles() -> None:
+    """Neither among files nor among rooms; a package's __init__ may name what is in it."""
+    graph = _import_graph()
+    assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []
+    rooms = nx.DiGraph((room, other) for room, allowed in ROOMS.items() for other in allowed.split())
+    assert nx.is_directed_acyclic_graph(rooms)
+
+
+def test_implementations_do_not_import_each_other() -> None:
+    implementations = {"kernels.reference", "kernels.cpu", "kernels.triton"}
+    assert all(implementations.isdisjoint(ROOMS[room].split()) for room in implementations)
 
 
 def _modules(folder: str) -> list[str]:
@@ -80,7 +132,7 @@ def _modules(folder: str) -> list[str]:
     for path in _tracked("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[0] == folder and "triton" not in parts:
-            names.append(".".join([PACKAGES[folder], *parts[1:]]).removesuffix(".__init__"))
+            names.append(_module(path))
     return sorted(names)
 
 

@@ -33,9 +33,9 @@ from bench.minidit.sample import PROMPTS, video_size
 from bench.quality.methods import METHODS, Method
 from bench.quality.results import VIDEO
 from svg2_compile.api import Enabled, enable
-from svg2_compile.compare.comparison import Run
 from svg2_compile.compare.density import density_table
 from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
+from svg2_compile.compare.pair import Run
 from svg2_compile.minidit.model import VideoSize, load_model, make_scheduler, sample_videos
 
 DENSITIES = (0.10, 0.15, 0.25, 0.40)

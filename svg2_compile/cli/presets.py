@@ -1,19 +1,42 @@
-"""Presets as tables for a terminal and as plain data for JSON."""
+"""``svg2 presets list`` and ``svg2 presets show``: as tables for a terminal, as plain data for JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from svg2_compile.settings.config import Svg2Config
-from svg2_compile.settings.presets import VARIANTS, Preset
+from svg2_compile.cli.arguments import AsJson, show
+from svg2_compile.settings.config import ConfigError, Svg2Config
+from svg2_compile.settings.presets import VARIANTS, Preset, load_preset, load_presets
 
-__all__ = ["as_dict", "details", "overview"]
+__all__ = ["as_dict", "details", "overview", "presets_app"]
+
+presets_app = typer.Typer(help="Settings for known models.", no_args_is_help=True)
+
+
+@presets_app.command("list")
+def presets_list(as_json: AsJson = False) -> None:
+    """List all presets with their status and main settings."""
+    presets = list(load_presets().values())
+    show(overview(presets), [as_dict(preset) for preset in presets], as_json)
+
+
+@presets_app.command("show")
+def presets_show(
+    name: Annotated[str, typer.Argument(help="model, model:variant or model/variant")], as_json: AsJson = False
+) -> None:
+    """Show every setting of one preset, and where it comes from."""
+    try:
+        preset = load_preset(name)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="NAME") from None
+    show(details(preset), as_dict(preset), as_json)
 
 
 def as_dict(preset: Preset) -> dict[str, Any]:

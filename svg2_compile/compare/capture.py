@@ -91,7 +91,7 @@ def captured_attention(session: Session, site: str, step: int, head: int) -> Ite
     replaced: list[tuple[DenoisingProgram, Any]] = []
     try:
         for program in session.programs:
-            if program.sparse is not None:
+            if isinstance(program, DenoisingProgram) and program.sparse is not None:
                 replaced.append((program, program.sparse))
                 program.sparse = _Watched(program, session, site, step, head)  # type: ignore[assignment]
         yield

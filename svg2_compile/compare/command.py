@@ -13,6 +13,7 @@ import torch
 from svg2_compile.compare.capture import MapRequest
 from svg2_compile.compare.comparison import Comparison
 from svg2_compile.compare.paired import compare_subject
+from svg2_compile.compare.progress import Tell
 from svg2_compile.compare.subjects import PIPELINE_STEPS, Subject, pipeline_subject, shipped_subject
 from svg2_compile.settings.config import Svg2Config
 
@@ -39,7 +40,7 @@ class CompareRequest:
     regional: bool = False
 
 
-def compare_command(request: CompareRequest, options: Mapping[str, Any]) -> Comparison:
+def compare_command(request: CompareRequest, options: Mapping[str, Any], tell: Tell | None = None) -> Comparison:
     """Run the comparison.
 
     Raises:
@@ -49,7 +50,7 @@ def compare_command(request: CompareRequest, options: Mapping[str, Any]) -> Comp
     Svg2Config.from_options(options)  # before anything is loaded
     size = None if request.size is None else parse_size(request.size)
     subject = _shipped(request, size) if request.pipeline is None else _pipeline(request, size)
-    return compare_subject(subject, request.maps, regional=request.regional, **options)
+    return compare_subject(subject, request.maps, regional=request.regional, tell=tell, **options)
 
 
 def parse_size(text: str) -> tuple[int, int, int]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svg2_compile.reporting.records import SiteRecord
 from svg2_compile.reporting.report import Report
-from svg2_compile.runtime.history import SiteRecord
 
 __all__ = ["DensityTable", "density_table", "sparse_steps"]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from svg2_compile.compare import charts
 from svg2_compile.compare.attention_maps import AttentionMaps
-from svg2_compile.compare.comparison import Comparison, decibel
 from svg2_compile.compare.density import sparse_steps
+from svg2_compile.compare.pair import Pair, decibel
 from svg2_compile.compare.pictures import LOG_RANGE, colour, data_uri, frame_strips, map_image, text_colour
-from svg2_compile.reporting.report import grouped_sites
+from svg2_compile.reporting.groups import grouped_sites
 
 __all__ = ["render"]
 
@@ -49,7 +49,7 @@ class HeatMap:
         return len(self.columns) <= MOST_COLUMNS_WITH_NUMBERS
 
 
-def render(comparison: Comparison) -> str:
+def render(comparison: Pair) -> str:
     """The page as text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -101,7 +101,7 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return UNKNOWN if value is None else f"{value * 100:.{digits}f} %"
 
 
-def _headline(c: Comparison) -> list[tuple[str, str, str]]:
+def _headline(c: Pair) -> list[tuple[str, str, str]]:
     """Name, number and what it means."""
     later = c.speedup_of_sparse_steps
     return [
@@ -116,7 +116,7 @@ def _headline(c: Comparison) -> list[tuple[str, str, str]]:
     ]
 
 
-def _notes(c: Comparison) -> list[str]:
+def _notes(c: Pair) -> list[str]:
     """What a reader must know before trusting a number."""
     notes = []
     if c.density.mean_sparse is None:
@@ -129,19 +129,19 @@ def _notes(c: Comparison) -> list[str]:
     return notes
 
 
-def _frame_quality(c: Comparison, frame: int) -> str:
+def _frame_quality(c: Pair, frame: int) -> str:
     text = f"PSNR {decibel(c.psnr_per_frame[frame])}"
     return text if c.ssim_per_frame is None else f"{text}, SSIM {c.ssim_per_frame[frame]:.4f}"
 
 
-def _quality_charts(c: Comparison) -> list[charts.Line]:
+def _quality_charts(c: Pair) -> list[charts.Line]:
     lines = [charts.line_chart("PSNR per frame, dB", c.psnr_per_frame, " dB", 1)]
     if c.ssim_per_frame is not None:
         lines.append(charts.line_chart("SSIM per frame", c.ssim_per_frame, "", 4))
     return lines
 
 
-def _density_chart(c: Comparison) -> charts.Line | None:
+def _density_chart(c: Pair) -> charts.Line | None:
     percents = [None if density is None else density * 100 for density in c.density.by_step()]
     known = [value for value in percents if value is not None]
     if not known or len(known) < len(percents):
@@ -149,7 +149,7 @@ def _density_chart(c: Comparison) -> charts.Line | None:
     return charts.line_chart("Density per step, %", known, " %", 1, "step", from_zero=True)
 
 
-def _heat_maps(c: Comparison) -> list[HeatMap]:
+def _heat_maps(c: Pair) -> list[HeatMap]:
     table = c.density
     if not table.layers:
         return []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor
 from svg2_compile.api import Enabled, enable
 from svg2_compile.compare.attention_maps import AttentionMaps, attention_maps
 from svg2_compile.compare.capture import Captured, MapRequest, captured_attention
-from svg2_compile.compare.comparison import Comparison, Run
+from svg2_compile.compare.comparison import Comparison
 from svg2_compile.compare.density import DensityTable, density_table
 from svg2_compile.compare.metrics import MIN_SIDE, multiscale_ssim, psnr, psnr_per_frame, ssim_per_frame
+from svg2_compile.compare.pair import Run
+from svg2_compile.compare.progress import PHASES, Progress, Tell
 from svg2_compile.compare.subjects import Subject, pipeline_subject
 from svg2_compile.compare.videos import same_range
+from svg2_compile.reporting.machine import describe_device, version_of
 from svg2_compile.runtime.clock import SchedulerClock
 from svg2_compile.runtime.scheduler import SchedulerHook
-from svg2_compile.tools.doctor import describe_device, version_of
 
 __all__ = ["compare_subject", "compare_with_dense"]
 
@@ -38,6 +41,7 @@ def compare_with_dense(
     seed: int = 0,
     maps: MapRequest | bool = False,
     regional: bool = False,
+    tell: Tell | None = None,
     **options: Any,
 ) -> Comparison:
     """Generate one video with a diffusers pipeline dense and sparse, and measure what differs.
@@ -49,6 +53,7 @@ def compare_with_dense(
         maps: also look into one attention (a MapRequest says which; True takes one in the middle): a third run, which
             ends there.
         regional, **options: as of ``svg2_compile.enable``.
+        tell: called with a Progress at the start of every phase and after every step.
 
     Returns:
         A Comparison: ``print`` shows the numbers, ``write_html(path)`` writes the page.
@@ -59,11 +64,16 @@ def compare_with_dense(
     """
     subject = pipeline_subject(pipe, arguments, seed)
     request = MapRequest() if maps is True else maps or None
-    return compare_subject(subject, request, regional=regional, **options)
+    return compare_subject(subject, request, regional=regional, tell=tell, **options)
 
 
 def compare_subject(
-    subject: Subject, maps: MapRequest | None = None, *, regional: bool = False, **options: Any
+    subject: Subject,
+    maps: MapRequest | None = None,
+    *,
+    regional: bool = False,
+    tell: Tell | None = None,
+    **options: Any,
 ) -> Comparison:
     """:func:`compare_with_dense` of anything that can generate a video."""
     _need_extras()
@@ -74,12 +84,14 @@ def compare_subject(
     torch._dynamo.reset()
     pictures = None
     with enable(subject.target, regional, scheduler=subject.scheduler, **options) as enabled:
-        _warm_up(subject, enabled)
-        dense = _timed(subject, enabled, EVERY_STEP)
-        sparse = _timed(subject, enabled, None)
+        teller = _Teller(tell)
+        _warm_up(subject, enabled, teller)
+        dense = _timed(subject, enabled, EVERY_STEP, teller)
+        sparse = _timed(subject, enabled, None, teller)
         report = enabled.report()
         density = density_table(report, len(sparse.step_seconds))
         if maps is not None:
+            teller.begin(PHASES[4])
             pictures = _maps(subject, enabled, density, maps)
         settings = enabled.session.config.to_dict()
         device = next((p.device for module in enabled.modules for p in module.parameters()), torch.device("cpu"))
@@ -110,11 +122,34 @@ def _need_extras() -> None:
         raise ImportError("a comparison needs scikit-image and Pillow: svg2-compile[quality]") from error
 
 
+class _Teller:
+    """Tells how far a comparison is, and estimates from the steps so far how long the rest takes."""
+
+    def __init__(self, tell: Tell | None) -> None:
+        self._tell = tell
+        self._phase = ""
+
+    def begin(self, phase: str) -> None:
+        self._phase = phase
+        if self._tell is not None:
+            self._tell(Progress(phase, 0, 0))
+
+    def step(self, seconds: Sequence[float], num_steps: int) -> None:
+        """``seconds``: of the steps done in this phase. A sparse step is taken to last as long as a dense one."""
+        if self._tell is None:
+            return
+        phases_left = PHASES[2:4].index(self._phase) == 0
+        steps_left = num_steps - len(seconds) + phases_left * num_steps
+        left = statistics.median(seconds) * steps_left
+        self._tell(Progress(self._phase, len(seconds), num_steps, left))
+
+
 class _StepTimer(SchedulerClock):
     """Notes the seconds from one step's end to the next; the first begins when the schedule is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, teller: _Teller) -> None:
         super().__init__()
+        self._teller = teller
         self.seconds: list[float] = []
         self._begin = time.perf_counter()
 
@@ -129,6 +164,7 @@ class _StepTimer(SchedulerClock):
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._begin)
+        self._teller.step(self.seconds, self.num_steps or 0)
         self._begin = now
 
 
@@ -140,19 +176,21 @@ def _with_dense_steps(enabled: Enabled, dense_steps: int | float) -> None:
     session.history.clear()
 
 
-def _warm_up(subject: Subject, enabled: Enabled) -> None:
+def _warm_up(subject: Subject, enabled: Enabled, teller: _Teller) -> None:
     """Run both graphs once, so that no compilation is in the times."""
     asked = enabled.session.config.dense_steps
-    for dense_steps in (EVERY_STEP, 0):
+    for phase, dense_steps in zip(PHASES, (EVERY_STEP, 0), strict=False):
+        teller.begin(phase)
         _with_dense_steps(enabled, dense_steps)
         subject.generate(WARM_UP_STEPS)
     _with_dense_steps(enabled, asked)
 
 
-def _timed(subject: Subject, enabled: Enabled, dense_steps: int | None) -> Run:
+def _timed(subject: Subject, enabled: Enabled, dense_steps: int | None, teller: _Teller) -> Run:
     """One video and its times. None: with the ``dense_steps`` that were asked for."""
     asked = enabled.session.config.dense_steps
-    timer = _StepTimer()
+    teller.begin(PHASES[3] if dense_steps is None else PHASES[2])
+    timer = _StepTimer(teller)
     # Wrapped around the session's own hook, so it is taken off first.
     hook = SchedulerHook(subject.scheduler, timer)
     try:

@@ -22,8 +22,8 @@ from torch.export import ExportedProgram
 
 from svg2_compile.codegen.inner_backend import inductor_problem
 from svg2_compile.export.archive import ArchiveReader, ArchiveWriter
+from svg2_compile.export.content import write_program
 from svg2_compile.export.errors import ExportError
-from svg2_compile.export.file import write_program
 from svg2_compile.export.graphs import ExportedGraph, flat_module, new_guards
 from svg2_compile.export.manifest import describe_program
 from svg2_compile.export.serde import expression_from_text

@@ -6,18 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch.export import ExportedProgram
-
+from svg2_compile.export.aoti import packaged_graphs
 from svg2_compile.export.archive import ArchiveReader, ArchiveWriter
-from svg2_compile.export.errors import ExportError, FileDamaged
+from svg2_compile.export.content import read_graphs, write_program
 from svg2_compile.export.manifest import check_manifest, describe_program, read_facts
-from svg2_compile.export.serde import graph_from_json, graph_to_json
-from svg2_compile.export.tensors import StoredTensors, restore_tensors
 from svg2_compile.export.transformed import TransformedProgram, check_transformed
 
 __all__ = ["load", "save"]
-
-DENSE_ENTRY, SPARSE_ENTRY = "graphs/dense.json", "graphs/sparse.json"
 
 
 def save(program: TransformedProgram, path: str | os.PathLike[str]) -> None:
@@ -58,37 +53,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> TransformedProgram:
     """
     with ArchiveReader(Path(path)) as reader:
         check_manifest(reader.manifest)
-        dense, sparse = _read_graphs(reader)
+        dense, sparse = read_graphs(reader)
         program = TransformedProgram(dense=dense, sparse=sparse, **read_facts(reader.manifest, sparse))
         if "compiled" in reader.manifest and "inner_backend" not in options:
-            from svg2_compile.export.aoti import packaged_graphs
-
             program.make_graph = packaged_graphs(reader)
     return program.with_options(options) if options else program
-
-
-def write_program(writer: ArchiveWriter, program: TransformedProgram) -> dict[str, Any]:
-    """Write graphs and weights; returns what the manifest says of them."""
-    stored = StoredTensors({"state": program.dense.state_dict, "constants": program.dense.constants})
-    writer.add(DENSE_ENTRY, graph_to_json(program.dense))
-    if program.sparse is not None:
-        writer.add(SPARSE_ENTRY, graph_to_json(program.sparse))
-    for name, data in stored.entries():
-        writer.add(name, data, compress=False)
-    return {"tensors": stored.index}
-
-
-def _read_graphs(reader: ArchiveReader) -> tuple[ExportedProgram, ExportedProgram | None]:
-    """The dense and the sparse program of a file, on one set of weights."""
-    # All bytes are read, and so verified, before anything is made of them.
-    graphs = {name: reader.read(name) for name in (DENSE_ENTRY, SPARSE_ENTRY) if name in reader.manifest["entries"]}
-    try:
-        tensors = restore_tensors(reader.manifest["tensors"], reader.size, reader.read_into)
-        state, constants = tensors["state"], tensors["constants"]
-        dense = graph_from_json(graphs[DENSE_ENTRY], state, constants)
-        sparse = graph_from_json(graphs[SPARSE_ENTRY], state, constants) if SPARSE_ENTRY in graphs else None
-    except ExportError:
-        raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
-        raise FileDamaged(f"file: it is incomplete: {type(error).__name__}: {error}") from error
-    return dense, sparse

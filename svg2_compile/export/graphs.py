@@ -10,10 +10,11 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.codegen.inner_backend import compile_inner
+from svg2_compile.codegen.symbols import SymbolBinder
 from svg2_compile.logs.logger import Once, get_logger
 from svg2_compile.passes.graph.values import fake_mode_of, input_values
-from svg2_compile.runtime.program import CompiledGraph, SymbolBinder
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["ExportedGraph", "flat_module", "new_guards"]

@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from svg2_compile.export.archive import ArchiveReader
+from svg2_compile.export.content import SPARSE_ENTRY
 from svg2_compile.export.errors import ExportError
-from svg2_compile.export.file import SPARSE_ENTRY
 from svg2_compile.export.manifest import check_manifest, read_facts_of_manifest
 from svg2_compile.export.serde import shape_text
 from svg2_compile.reporting.graph_picture import PictureNode, to_dot, to_svg
-from svg2_compile.reporting.report import Report, SiteReport
+from svg2_compile.reporting.records import SiteReport
+from svg2_compile.reporting.report import Report
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["FileFacts", "draw_site", "inspect_file"]

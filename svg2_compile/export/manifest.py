@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from svg2_compile.export.errors import ExportError, FileDamaged
 from svg2_compile.export.transformed import TimeSource, TransformedProgram
 from svg2_compile.passes.hoist_centroids import StateSlot, StateSpec
-from svg2_compile.reporting.report import GraphReport, SiteReport
+from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.settings.config import ConfigError, Svg2Config, package_version
 
 __all__ = ["FORMAT_VERSION", "check_manifest", "describe_program", "read_facts", "read_facts_of_manifest"]

@@ -31,7 +31,8 @@ from svg2_compile.passes.graph.nodes import bind_arguments, module_path
 from svg2_compile.passes.graph.values import graph_device
 from svg2_compile.passes.hoist_centroids import StateSpec
 from svg2_compile.pipeline import PIPELINE, Compilation, Pass, run_passes
-from svg2_compile.reporting.report import GraphReport, describe
+from svg2_compile.reporting.describe import describe
+from svg2_compile.reporting.records import GraphReport
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["run_on_program", "transform"]

@@ -10,12 +10,15 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
+from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.export.graphs import ExportedGraph
 from svg2_compile.export.signature import CallSignature
 from svg2_compile.passes.hoist_centroids import StateSpec
-from svg2_compile.reporting.report import GraphReport, Report, SiteReport
-from svg2_compile.runtime.program import CompiledGraph, DenoisingProgram
-from svg2_compile.runtime.session import Session, TimeReader, report_of
+from svg2_compile.reporting.records import GraphReport, SiteReport
+from svg2_compile.reporting.report import Report
+from svg2_compile.runtime.program import DenoisingProgram
+from svg2_compile.runtime.session import Session, report_of
+from svg2_compile.runtime.time_reader import TimeReader
 from svg2_compile.settings.config import ConfigError, Svg2Config
 from svg2_compile.settings.options import canonical_names
 

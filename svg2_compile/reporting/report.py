@@ -4,63 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from svg2_compile.kernels.triton.workspace import plan_workspace
-from svg2_compile.passes.sites import Site, Skip
-from svg2_compile.runtime.history import SiteRecord
+from svg2_compile.reporting.groups import grouped_sites
+from svg2_compile.reporting.records import GraphReport, SiteRecord, SiteReport
 
 if TYPE_CHECKING:
-    from svg2_compile.settings.config import Svg2Config
+    pass
 
-__all__ = ["GraphReport", "Report", "SiteReport", "describe", "grouped_sites"]
-
-SMALLEST_TILE = 32  # rows: smaller query tiles make the largest table of tiles
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """One attention of a model.
-
-    name: module path, such as "blocks.3.attn1". decision: "sparse" or "dense". reason: a stable code ("sparse",
-    "cross_attention", "cost" ...). detail: the reason in words. Token counts are ints, or strings such as "s0*s1"
-    where the graph is dynamic; None where they could not be told. predicted_speedup: of this attention over dense,
-    by the cost model. workspace_mb: MiB of GPU memory for its lists of keys; None on a CPU and for dynamic sizes.
-    """
-
-    index: int
-    name: str
-    decision: str
-    reason: str
-    detail: str
-    video_tokens: int | str | None
-    context_tokens: int | str | None
-    num_heads: int | None
-    head_dim: int | None
-    num_q_clusters: int | str | None = None
-    num_k_clusters: int | str | None = None
-    predicted_speedup: float | None = None
-    graph: int = 0
-    workspace_mb: float | None = None
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """One graph that Dynamo or torch.export handed over, and the seconds that the passes took on it."""
-
-    name: str
-    regional: bool
-    time_source: str  # "timestep", "modulation" or "none"
-    pass_seconds: dict[str, float]
+__all__ = ["Report"]
 
 
 @dataclass
@@ -164,112 +122,5 @@ class Report:
         return lines
 
 
-def describe(
-    decisions: Iterable[Site | Skip],
-    graph: int = 0,
-    config: Svg2Config | None = None,
-    device: torch.device | None = None,
-) -> list[SiteReport]:
-    """Turn the compiler's decisions into plain records that hold on to no graph.
-
-    config, device: of the model; with them the records say how much GPU memory an attention takes.
-    """
-    records = []
-    for decision in decisions:
-        record = _describe(decision, graph)
-        if isinstance(decision, Site) and config is not None and device is not None and device.type == "cuda":
-            record = replace(record, workspace_mb=_workspace_mb(decision, config))
-        records.append(record)
-    return records
-
-
-def _workspace_mb(site: Site, config: Svg2Config) -> float | None:
-    """What the attention kernel will plan for a site, in MiB; None where the sizes are not known yet."""
-    sizes = {
-        "num_groups": _count(site.batch * site.num_heads),
-        "num_kv_groups": _count(site.batch * site.num_kv_heads),
-        "num_queries": _count(site.num_tokens),
-        "num_keys": _count(site.num_tokens),
-        "num_q_blocks": _count(site.num_q_clusters + 2),
-        "num_k_blocks": _count(site.num_k_clusters + 2),
-    }
-    known: dict[str, Any] = {name: size for name, size in sizes.items() if isinstance(size, int)}
-    if len(known) < len(sizes):
-        return None
-    compensate = config.compensation == "centroid"
-    mean_bytes = 4 * known["num_kv_groups"] * known["num_k_blocks"] * site.head_dim if compensate else 0
-    limit_bytes = config.workspace_mb << 20
-    limits: dict[str, Any] = {"compensate": compensate, "mean_bytes": mean_bytes, "limit_bytes": limit_bytes}
-    try:
-        return plan_workspace(**known, **limits, block_m=SMALLEST_TILE).bytes / 2**20
-    except ValueError:
-        return None  # the operator itself says what it would need
-
-
-def _describe(decision: Site | Skip, graph: int) -> SiteReport:
-    if isinstance(decision, Site):
-        return SiteReport(
-            index=decision.index,
-            name=decision.name,
-            decision="sparse",
-            reason="sparse",
-            detail="",
-            video_tokens=_count(decision.video_tokens),
-            context_tokens=_count(decision.num_tokens - decision.video_tokens),
-            num_heads=decision.num_heads,
-            head_dim=decision.head_dim,
-            num_q_clusters=_count(decision.num_q_clusters),
-            num_k_clusters=_count(decision.num_k_clusters),
-            predicted_speedup=decision.predicted_speedup,
-            graph=graph,
-        )
-    return SiteReport(
-        index=-1,
-        name=decision.name,
-        decision="dense",
-        reason=decision.reason,
-        detail=decision.detail,
-        video_tokens=_count(decision.video_tokens),
-        context_tokens=_count(decision.context_tokens),
-        num_heads=decision.num_heads,
-        head_dim=decision.head_dim,
-        predicted_speedup=decision.predicted_speedup,
-        graph=graph,
-    )
-
-
-def _count(value: Any) -> int | str | None:
-    if value is None or isinstance(value, int):
-        return value
-    if getattr(value, "is_Integer", False):
-        return int(value)
-    return str(value)
-
-
 def _text(value: Any) -> str:
     return "-" if value is None else str(value)
-
-
-def grouped_sites(sites: Sequence[SiteReport]) -> list[tuple[str, int, SiteReport]]:
-    """Rows for layers that differ in nothing but the numbers in their names, in order of first appearance."""
-    groups: dict[tuple[Any, ...], list[SiteReport]] = {}
-    for site in sites:
-        pattern = re.sub(r"\d+", "#", site.name)
-        facts = (site.decision, site.reason, site.video_tokens, site.context_tokens, site.num_heads, site.head_dim)
-        groups.setdefault((pattern, *facts), []).append(site)
-    return [(_common_name([site.name for site in group]), len(group), group[0]) for group in groups.values()]
-
-
-def _common_name(names: list[str]) -> str:
-    """ "blocks.0.attn1", "blocks.1.attn1" -> "blocks.0-1.attn1"."""
-    if len(names) == 1:
-        return names[0]
-    parts = [re.split(r"(\d+)", name) for name in names]
-    merged = []
-    for column in zip(*parts, strict=True):
-        if len(set(column)) == 1:
-            merged.append(column[0])
-        else:
-            numbers = sorted(int(text) for text in column)
-            merged.append(f"{numbers[0]}-{numbers[-1]}")
-    return "".join(merged)

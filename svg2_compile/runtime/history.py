@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["CallRecord", "RunHistory", "SiteRecord", "qualified"]
+from svg2_compile.reporting.records import SiteRecord
 
-
-@dataclass(frozen=True)
-class SiteRecord:
-    """One attention in one call: density is selected (query, key) pairs / all pairs, per head; 1.0 where dense."""
-
-    site: str
-    video: int
-    step: int
-    context: int
-    layer: int
-    graph: str  # "sparse" or "dense"
-    reason: str  # why this graph: "sparse", "dense_steps", "dense_layers", "no_timestep" ...
-    iters: int  # k-means iterations; 0 where dense
-    seeded: bool  # started from the centroids of an earlier step
-    density: float | None  # mean over batch and heads; None if not collected
-    density_per_head: tuple[tuple[float, ...], ...] | None = None
-
-    def to_json(self) -> str:
-        return json.dumps(self.__dict__)
+__all__ = ["CallRecord", "RunHistory", "qualified"]
 
 
 @dataclass

@@ -3,117 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
-from torch import fx
-from torch._guards import TracingContext, tracing
 
-from svg2_compile.passes.graph.sizes import solve_for_symbol
-from svg2_compile.passes.graph.values import metadata_key
+from svg2_compile.codegen.compiled_graph import CompiledGraph
+from svg2_compile.codegen.symbols import SymbolBinder
 from svg2_compile.passes.hoist_centroids import StateSpec
-from svg2_compile.reporting.report import GraphReport, SiteReport
+from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.runtime.history import CallRecord, qualified
 from svg2_compile.runtime.layers import LayerTable
-from svg2_compile.runtime.session import CallPlan, Session, TimeReader
+from svg2_compile.runtime.session import CallPlan, Session
+from svg2_compile.runtime.time_reader import TimeReader
 
-__all__ = ["CompiledGraph", "DenoisingProgram", "SymbolBinder"]
+__all__ = ["DenoisingProgram"]
 
 _numbers = itertools.count()
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
-
-Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
-
-
-class CompiledGraph:
-    """A graph that the inner backend compiles the first time that it is needed.
-
-    Args:
-        gm: the graph.
-        examples: fake inputs to compile with.
-        compile_inner: the inner backend.
-    """
-
-    def __init__(self, gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Compile) -> None:
-        self.gm = gm
-        self.compile_seconds: float | None = None
-        self._examples = examples
-        self._compile_inner = compile_inner
-        self._run: Callable[..., Any] | None = None
-        # Dynamo's context knows the shape environment and where each input comes from. It is gone after Dynamo has
-        # finished with the frame, so it is kept until it was used.
-        self._context = TracingContext.try_get()
-
-    @property
-    def compiled(self) -> bool:
-        return self._run is not None
-
-    def compile(self, examples: Sequence[Any] | None = None) -> Callable[..., Any]:
-        """Compile now, with the inputs given or the fake ones."""
-        if self._run is None:
-            begin = time.perf_counter()
-            inputs = list(examples if examples is not None else self._examples)
-            if self._context is None or TracingContext.try_get() is self._context:
-                self._run = self._compile_inner(self.gm, inputs)
-            else:
-                with tracing(self._context):
-                    self._run = self._compile_inner(self.gm, inputs)
-            self.compile_seconds = time.perf_counter() - begin
-            self._context = None
-            self._examples = ()
-        return self._run
-
-    def __call__(self, *args: Any) -> Any:
-        return self.compile()(*args)
-
-
-class SymbolBinder:
-    """Evaluates the sympy shapes of a graph's state for the inputs of one call."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        # Symbol -> position of an input, axis of it (None: the input is a number), and factor and offset of its extent.
-        self._where: dict[sympy.Symbol, tuple[int, int | None, int, int]] = {}
-        key = metadata_key(gm.graph)
-        for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-            value = node.meta.get(key)
-            if isinstance(value, torch.SymInt):
-                self._bind(value, position, None)
-            elif isinstance(value, torch.Tensor):
-                for dim, extent in enumerate(value.shape):
-                    if isinstance(extent, torch.SymInt):
-                        self._bind(extent, position, dim)
-
-    def _bind(self, value: torch.SymInt, position: int, dim: int | None) -> None:
-        solved = solve_for_symbol(value.node.expr)
-        if solved is not None:
-            symbol, factor, offset = solved
-            self._where.setdefault(symbol, (position, dim, factor, offset))
-
-    def values(self, args: Sequence[Any]) -> dict[sympy.Symbol, sympy.Integer]:
-        """Every symbol of the inputs with its value in ``args``."""
-        return {symbol: sympy.Integer(self._read(symbol, args)) for symbol in self._where}
-
-    def shapes(self, shapes: Sequence[tuple[Any, ...]], args: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-        """``shapes`` with every expression evaluated for the inputs ``args``."""
-        symbols: set[sympy.Symbol] = set()
-        for shape in shapes:
-            for extent in shape:
-                symbols |= getattr(extent, "free_symbols", set())
-        values = {symbol: sympy.Integer(self._read(symbol, args)) for symbol in symbols}
-        return tuple(tuple(_evaluate(extent, values) for extent in shape) for shape in shapes)
-
-    def _read(self, symbol: sympy.Symbol, args: Sequence[Any]) -> int:
-        position, dim, factor, offset = self._where[symbol]
-        extent = int(args[position] if dim is None else args[position].shape[dim])
-        return (extent - offset) // factor
-
-
-def _evaluate(extent: Any, values: dict[sympy.Symbol, sympy.Integer]) -> int:
-    return int(extent) if isinstance(extent, int) else int(extent.xreplace(values))
 
 
 class DenoisingProgram:

@@ -6,31 +6,27 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.logs.logger import Once, get_logger
+from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.centroid_store import CentroidStore
 from svg2_compile.runtime.clock import StepClock, Tick, TimeReading, TimestepClock, dense_step_count
 from svg2_compile.runtime.history import RunHistory
-from svg2_compile.runtime.layers import Layer, ModuleScope
+from svg2_compile.runtime.layers import Layer, LayerTable, ModuleScope
+from svg2_compile.runtime.time_reader import TimeReader
 from svg2_compile.settings.config import Svg2Config
 
-if TYPE_CHECKING:
-    from svg2_compile.runtime.program import DenoisingProgram
-
-__all__ = ["CallPlan", "Session", "TimeReader", "report_of", "sessions"]
+__all__ = ["CallPlan", "Session", "report_of", "sessions"]
 
 log = get_logger()
 
 # Every session that is alive, so that report() and reset() find those that nobody holds a handle of.
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-# How many numbers of a modulation tensor are compared to tell one timestep from another.
-_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -43,65 +39,24 @@ class CallPlan:
     reason: str
 
 
-class TimeReader:
-    """Reads time from the inputs of a graph: at most one host read for each model call.
+class Program(Protocol):
+    """What a session needs to know of a program (see DenoisingProgram) to plan its calls and to report on it."""
 
-    Args:
-        kind: "timestep" or "modulation" (see TimeReading).
-        positions: which inputs of the graph tell.
-    """
+    number: int
+    name: str
+    dense: CompiledGraph
+    sparse: CompiledGraph | None
+    regional: bool
+    time_reader: TimeReader
+    layers: LayerTable
+    graph_report: GraphReport
 
-    def __init__(self, kind: str, positions: Sequence[int]) -> None:
-        self.kind = kind
-        self.positions = tuple(positions)
-        self._seen: list[tuple[weakref.ref[torch.Tensor], int]] = []
-        self._reading = TimeReading(kind, ())
-        self.reads = 0
+    @property
+    def num_layers(self) -> int:
+        """How many layers the program serves in one model call, as far as seen."""
 
-    def read(self, args: Sequence[Any]) -> TimeReading:
-        """The reading of this call; ``reads`` counts the host reads, which tells model calls apart."""
-        inputs = [args[position] for position in self.positions]
-        tensors = [value for value in inputs if isinstance(value, torch.Tensor) and value.numel()]
-        numbers = tuple(float(value) for value in inputs if isinstance(value, (int, float)))
-        if not tensors:
-            self.reads += 1
-            return TimeReading(self.kind, numbers)
-        # A block compiled alone is handed one tensor object for all layers of a model call: reading it once is enough.
-        # A timestep is read at every call, which is once per model call: users may refill one tensor in place.
-        if self.kind == "timestep" or not self._same(tensors):
-            self._reading = TimeReading(self.kind, numbers + self._host_read(tensors))
-            self._seen = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
-            self.reads += 1
-        return self._reading
-
-    def _same(self, tensors: list[torch.Tensor]) -> bool:
-        if len(tensors) != len(self._seen):
-            return False
-        return all(
-            reference() is tensor and version == _version(tensor)
-            for tensor, (reference, version) in zip(tensors, self._seen, strict=True)
-        )
-
-    def _host_read(self, tensors: list[torch.Tensor]) -> tuple[float, ...]:
-        with torch.no_grad():
-            if self.kind == "timestep":
-                # Image-to-video models give clean frames the timestep 0: the largest is the schedule's.
-                samples = [tensor.detach().to(torch.float64).amax().reshape(1) for tensor in tensors]
-            else:
-                samples = [_sample(tensor.detach()) for tensor in tensors]
-            return tuple(torch.cat(samples).tolist())
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """The mutation count of a tensor; tensors made under inference_mode keep none."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A few numbers spread over a tensor, as float64."""
-    flat = tensor.reshape(-1)
-    stride = max(1, flat.numel() // _SAMPLES)
-    return flat[::stride][:_SAMPLES].to(torch.float64)
+    def site_reports(self) -> list[SiteReport]:
+        """Every attention of the program's graph."""
 
 
 class Session:
@@ -117,7 +72,7 @@ class Session:
         self.store = CentroidStore(int(config.store_limit_mb * 2**20))
         self.scope = ModuleScope()
         self.history = RunHistory()
-        self.programs: weakref.WeakSet[DenoisingProgram] = weakref.WeakSet()
+        self.programs: weakref.WeakSet[Program] = weakref.WeakSet()
         self._videos: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.once = Once(log)
         _sessions.add(self)
@@ -133,7 +88,7 @@ class Session:
         if isinstance(self.clock, TimestepClock):
             self.clock.forget(layer)
 
-    def plan(self, program: DenoisingProgram, args: Sequence[Any]) -> CallPlan:
+    def plan(self, program: Program, args: Sequence[Any]) -> CallPlan:
         """Decide which graph of ``program`` runs this call."""
         reading = program.time_reader.read(args) if self.clock.needs_reading else None
         layer = program.layers.find(args, self.scope, self._model_call(program, reading))
@@ -149,12 +104,12 @@ class Session:
             return CallPlan(layer, tick, False, "dense_layers")
         return CallPlan(layer, tick, True, "sparse")
 
-    def _model_call(self, program: DenoisingProgram, reading: TimeReading | None) -> Any:
+    def _model_call(self, program: Program, reading: TimeReading | None) -> Any:
         if reading is not None:
             return program.time_reader.reads
         return getattr(self.clock, "video", None), getattr(self.clock, "step", None)
 
-    def _plan_without_time(self, program: DenoisingProgram, layer: Layer) -> CallPlan:
+    def _plan_without_time(self, program: Program, layer: Layer) -> CallPlan:
         if self.config.dense_steps == 0:
             self.once.warning(
                 "no_timestep",
@@ -189,7 +144,7 @@ class Session:
         # Without a timestep value, a count of ten is the published setting (20 % of 50 steps).
         return tick.step < 10 if tick.progress is None else tick.progress < dense_steps
 
-    def _is_dense_layer(self, program: DenoisingProgram, layer: Layer) -> bool:
+    def _is_dense_layer(self, program: Program, layer: Layer) -> bool:
         dense_layers = self.config.dense_layers
         if isinstance(dense_layers, float):
             dense_layers = math.ceil(dense_layers * max(program.num_layers, layer.ordinal + 1) - 1e-9)

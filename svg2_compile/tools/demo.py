@@ -10,8 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from svg2_compile.compare.comparison import Comparison, decibel
+from svg2_compile.compare.comparison import Comparison
+from svg2_compile.compare.pair import decibel
 from svg2_compile.compare.paired import compare_subject
+from svg2_compile.compare.progress import shown_progress
 from svg2_compile.compare.subjects import shipped_subject
 
 __all__ = ["DemoOptions", "DemoResult", "run_demo"]
@@ -79,9 +81,10 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
         f"diffusers {type(subject.target).__name__}, small, trained on synthetic video; "
         f"{subject.facts['tokens']} video tokens, {options.steps} steps with guidance\n"
     )
-    with console.status(f"compiling ({options.inner_backend}), then denoising dense and sparse ..."):
+    with shown_progress(console) as tell:
         comparison = compare_subject(
             subject,
+            tell=tell,
             dense_steps=options.dense_steps,
             inner_backend=options.inner_backend,
             **selection,

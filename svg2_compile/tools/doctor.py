@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from svg2_compile.codegen.inner_backend import NEXT_BEST, inductor_problem
+from svg2_compile.reporting.machine import describe_device, version_of
 
-__all__ = ["Check", "Diagnosis", "describe_device", "diagnose", "version_of"]
+__all__ = ["Check", "Diagnosis", "diagnose"]
 
 _PACKAGES = ("svg2-compile", "torch", "triton", "diffusers", "transformers", "sympy", "networkx", "numpy")
 
@@ -87,35 +87,11 @@ def diagnose() -> Diagnosis:
     return diagnosis
 
 
-def version_of(package: str) -> str | None:
-    """The version that is installed; None if none is."""
-    if package == "torch":
-        return str(torch.__version__)  # the installed metadata leaves out the build (+cpu, +cu130)
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _devices() -> list[torch.device]:
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return devices
-
-
-def describe_device(device: torch.device) -> str:
-    """A device in words."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return (
-            f"{device}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
-            f"compute capability {properties.major}.{properties.minor}"
-        )
-    return (
-        f"cpu: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}"
-    )
 
 
 def _check_entry_point() -> Check:

@@ -90,7 +90,8 @@ def inspect_exported(path: Path, options: Mapping[str, Any] | None = None) -> Re
     from svg2_compile.export.errors import ExportError
     from svg2_compile.export.transform import run_on_program
     from svg2_compile.pipeline import ANALYSES
-    from svg2_compile.reporting.report import GraphReport, describe
+    from svg2_compile.reporting.describe import describe
+    from svg2_compile.reporting.records import GraphReport
 
     config = Svg2Config.from_options(options)
     try:

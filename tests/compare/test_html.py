@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from svg2_compile.compare import charts
-from svg2_compile.compare.comparison import Run
 from svg2_compile.compare.html import render
+from svg2_compile.compare.pair import Run
 from svg2_compile.compare.pictures import MAX_FRAMES, MAX_WIDTH, frame_strips, map_image
 from tests.compare.conftest import HOSTILE
 

@@ -11,7 +11,8 @@ import sympy
 import torch
 
 from svg2_compile.passes.sites import Site
-from svg2_compile.reporting.report import Report, describe
+from svg2_compile.reporting.describe import describe
+from svg2_compile.reporting.report import Report
 from svg2_compile.settings.config import Svg2Config
 
 WAN_14B_720P = Site(

@@ -1,0 +1,64 @@
+"""Plain records of what was decided and what ran. They hold on to no graph and no tensor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+__all__ = ["GraphReport", "SiteRecord", "SiteReport"]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention of a model.
+
+    name: module path, such as "blocks.3.attn1". decision: "sparse" or "dense". reason: a stable code ("sparse",
+    "cross_attention", "cost" ...). detail: the reason in words. Token counts are ints, or strings such as "s0*s1"
+    where the graph is dynamic; None where they could not be told. predicted_speedup: of this attention over dense,
+    by the cost model. workspace_mb: MiB of GPU memory for its lists of keys; None on a CPU and for dynamic sizes.
+    """
+
+    index: int
+    name: str
+    decision: str
+    reason: str
+    detail: str
+    video_tokens: int | str | None
+    context_tokens: int | str | None
+    num_heads: int | None
+    head_dim: int | None
+    num_q_clusters: int | str | None = None
+    num_k_clusters: int | str | None = None
+    predicted_speedup: float | None = None
+    graph: int = 0
+    workspace_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph that Dynamo or torch.export handed over, and the seconds that the passes took on it."""
+
+    name: str
+    regional: bool
+    time_source: str  # "timestep", "modulation" or "none"
+    pass_seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One attention in one call: density is selected (query, key) pairs / all pairs, per head; 1.0 where dense."""
+
+    site: str
+    video: int
+    step: int
+    context: int
+    layer: int
+    graph: str  # "sparse" or "dense"
+    reason: str  # why this graph: "sparse", "dense_steps", "dense_layers", "no_timestep" ...
+    iters: int  # k-means iterations; 0 where dense
+    seeded: bool  # started from the centroids of an earlier step
+    density: float | None  # mean over batch and heads; None if not collected
+    density_per_head: tuple[tuple[float, ...], ...] | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__)
