@@ -6,16 +6,24 @@ of Hkv; query head h reads key head ``h // (Hq // Hkv)``), N tokens, D head_dim,
 **blocks** of an order are its C clusters, then block C with the context tokens, then block C + 1, the null block,
 with masked tokens; each may be empty. ``offsets`` int32 [B, H, C + 3] are the blocks' boundaries.
 
+A function below ``@define`` is three things at once: the op's signature, its documentation, and its fake kernel, whose
+body makes empty results of the right shape, dtype and layout. What a call must keep to is a table in ``contracts.py``.
 Which implementation runs is one table in ``dispatch.py``; ``use_implementation`` asks for one explicitly, and such a
 request never falls back. The ops are for inference: they have no autograd formula.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
-from svg2_compile.kernels import validation
+from svg2_compile.kernels import contracts, validation
 from svg2_compile.kernels.dispatch import implementation_for, run_implementation, use_implementation
 
 __all__ = [
@@ -32,12 +40,36 @@ __all__ = [
     "use_implementation",
 ]
 
-
 # No input's strides matter, so a compiler may lay out what it feeds to these ops as it likes.
 _TAGS = (torch.Tag.flexible_layout,)
 
 
-@torch.library.custom_op("svg2::kmeans", mutates_args=(), tags=_TAGS)
+def define(contract: validation.Contract) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Make the decorated function, the fake kernel of an op, into the op ``svg2::<its name>``.
+
+    A call of the op is checked by ``contract`` and passed on, all arguments in order, to the function of that name in
+    the implementation that serves the tensors' device.
+    """
+
+    def register(fake: Callable[..., Any]) -> CustomOpDef:
+        name, parameters = fake.__name__, inspect.signature(fake).parameters
+        defaults = tuple(parameter.default for parameter in parameters.values())
+
+        def checked_call(*args: Any) -> Any:
+            args += defaults[len(args) :]  # torch leaves out last arguments that equal their defaults
+            device = validation.validate(name, contract, dict(zip(parameters, args, strict=True)))
+            return run_implementation(name, device, *args)
+
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        op = torch.library.custom_op(f"svg2::{name}", checked_call, mutates_args=(), schema=schema, tags=_TAGS)
+        op.register_fake(fake)
+        functools.update_wrapper(op, fake)  # for help() and inspect.signature()
+        return op
+
+    return register
+
+
+@define(contracts.KMEANS)
 def kmeans(
     x: Tensor, centroids: Tensor, seeded: Tensor, iters: int, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,8 +77,7 @@ def kmeans(
 
     x [B, H, N, D] float32, bfloat16 or float16; centroids float32 [B, H, C, D] with 1 <= C <= N; seeded bool []:
     where False, ``centroids`` is ignored and C tokens spread evenly over the (valid) tokens are the start; iters >=
-    1; valid bool [B, 1 or H, N]:
-    tokens that are False carry no mass and are in no size.
+    1; valid bool [B, 1 or H, N]: tokens that are False carry no mass and are in no size.
 
     Returns labels int32 [B, H, N] of the last assignment, always in [0, C) (any value for invalid tokens); centroids
     float32 [B, H, C, D], the means of exactly those labels, or what they were where a cluster is empty; sizes int32
@@ -54,15 +85,6 @@ def kmeans(
     other token. Raises TypeError or ValueError on inputs out of contract, such as no clusters or more clusters than
     tokens.
     """
-    validation.check_kmeans(x, centroids, seeded, iters, valid)
-    result: tuple[Tensor, Tensor, Tensor] = run_implementation("kmeans", x.device, x, centroids, seeded, iters, valid)
-    return result
-
-
-@kmeans.register_fake
-def _(
-    x: Tensor, centroids: Tensor, seeded: Tensor, iters: int, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, num_tokens, head_dim = x.shape
     num_clusters = centroids.shape[2]
     labels = x.new_empty((batch, heads, num_tokens), dtype=torch.int32)
@@ -71,7 +93,7 @@ def _(
     return labels, means, sizes
 
 
-@torch.library.custom_op("svg2::cluster_order", mutates_args=(), tags=_TAGS)
+@define(contracts.CLUSTER_ORDER)
 def cluster_order(
     labels: Tensor, num_clusters: int, start: int, num_tokens: int, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -83,22 +105,12 @@ def cluster_order(
     Returns order int32 [B, H, num_tokens], where order[..., r] is the token at permuted position r (stable: within a
     block tokens keep their order), and offsets int32 [B, H, num_clusters + 3].
     """
-    validation.check_cluster_order(labels, num_clusters, start, num_tokens, valid)
-    args = (labels, num_clusters, start, num_tokens, valid)
-    result: tuple[Tensor, Tensor] = run_implementation("cluster_order", labels.device, *args)
-    return result
-
-
-@cluster_order.register_fake
-def _(
-    labels: Tensor, num_clusters: int, start: int, num_tokens: int, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
     batch, heads, _ = labels.shape
     order = labels.new_empty((batch, heads, num_tokens), dtype=torch.int32)
     return order, labels.new_empty((batch, heads, num_clusters + 3), dtype=torch.int32)
 
 
-@torch.library.custom_op("svg2::select_blocks", mutates_args=(), tags=_TAGS)
+@define(contracts.SELECT_BLOCKS)
 def select_blocks(
     q_centroids: Tensor,
     k_centroids: Tensor,
@@ -121,76 +133,38 @@ def select_blocks(
     empty one unless it keeps all. A row with a non-finite score keeps every cluster, so that NaN shows as in dense
     attention.
     """
-    args = (q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_k_ratio, density)
-    validation.check_select_blocks(*args)
-    block_map: Tensor = run_implementation("select_blocks", q_centroids.device, *args)
-    return block_map
-
-
-@select_blocks.register_fake
-def _(
-    q_centroids: Tensor,
-    k_centroids: Tensor,
-    q_sizes: Tensor,
-    k_sizes: Tensor,
-    scale: float,
-    top_p: float,
-    min_k_ratio: float,
-    density: float | None = None,
-) -> Tensor:
     batch, q_heads, num_q_clusters, _ = q_centroids.shape
     shape = (batch, q_heads, num_q_clusters + 2, k_centroids.shape[2] + 2)
     return q_centroids.new_empty(shape, dtype=torch.bool)
 
 
-@torch.library.custom_op("svg2::permute_tokens", mutates_args=(), tags=_TAGS)
+@define(contracts.TOKENS_AND_ORDER)
 def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
     """Row r of the result is token order[r]: x [B, H, N, D], order int32 [B, H, N] -> [B, H, N, D], contiguous;
     exact."""
-    validation.check_tokens_and_order("permute_tokens", x, order)
-    result: Tensor = run_implementation("permute_tokens", x.device, x, order)
-    return result
-
-
-@permute_tokens.register_fake
-def _(x: Tensor, order: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("svg2::unpermute_tokens", mutates_args=(), tags=_TAGS)
+@define(contracts.TOKENS_AND_ORDER)
 def unpermute_tokens(x: Tensor, order: Tensor) -> Tensor:
     """The inverse of ``permute_tokens``: token order[r] of the result is row r of x; exact.
 
     x [B, H, N, D], order int32 [B, H, N] -> [B, H, N, D], laid out as a contiguous [B, N, H, D] (what the output
     projection reads next), seen transposed.
     """
-    validation.check_tokens_and_order("unpermute_tokens", x, order)
-    result: Tensor = run_implementation("unpermute_tokens", x.device, x, order)
-    return result
-
-
-@unpermute_tokens.register_fake
-def _(x: Tensor, order: Tensor) -> Tensor:
     batch, heads, num_tokens, head_dim = x.shape
     return x.new_empty((batch, num_tokens, heads, head_dim)).transpose(1, 2)
 
 
-@torch.library.custom_op("svg2::cluster_means", mutates_args=(), tags=_TAGS)
+@define(contracts.CLUSTER_MEANS)
 def cluster_means(x: Tensor, offsets: Tensor) -> Tensor:
     """Mean row of each cluster: permuted x [B, H, N, D], offsets int32 [B, H, C + 3] -> float32 [B, H, C, D]; 0 if
     empty."""
-    validation.check_cluster_means(x, offsets)
-    result: Tensor = run_implementation("cluster_means", x.device, x, offsets)
-    return result
-
-
-@cluster_means.register_fake
-def _(x: Tensor, offsets: Tensor) -> Tensor:
     batch, heads, _, head_dim = x.shape
     return x.new_empty((batch, heads, offsets.shape[2] - 3, head_dim), dtype=torch.float32)
 
 
-@torch.library.custom_op("svg2::block_sparse_attention", mutates_args=(), tags=_TAGS)
+@define(contracts.BLOCK_SPARSE_ATTENTION)
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -218,27 +192,6 @@ def block_sparse_attention(
     lse float32 [B, Hq, Nq], the natural log of the sum of exponentials, compensation included. A row without any key
     has out 0 and lse -inf. Accumulation is float32.
     """
-    args = (query, key, value, q_offsets, k_offsets, block_map, scale, k_centroids, v_centroids, q_order, k_order)
-    validation.check_block_sparse_attention(*args, workspace_mb)
-    result: tuple[Tensor, Tensor] = run_implementation("block_sparse_attention", query.device, *args, workspace_mb)
-    return result
-
-
-@block_sparse_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    block_map: Tensor,
-    scale: float,
-    k_centroids: Tensor | None = None,
-    v_centroids: Tensor | None = None,
-    q_order: Tensor | None = None,
-    k_order: Tensor | None = None,
-    workspace_mb: int = 256,
-) -> tuple[Tensor, Tensor]:
     batch, q_heads, num_queries, _ = query.shape
     lse = query.new_empty((batch, q_heads, num_queries), dtype=torch.float32)
     if q_order is None:
@@ -246,7 +199,7 @@ def _(
     return query.new_empty((batch, num_queries, q_heads, value.shape[3])).transpose(1, 2), lse
 
 
-@torch.library.custom_op("svg2::select_blocks_by_error", mutates_args=(), tags=_TAGS)
+@define(contracts.SELECT_BLOCKS_BY_ERROR)
 def select_blocks_by_error(
     key: Tensor,
     value: Tensor,
@@ -276,39 +229,12 @@ def select_blocks_by_error(
 
     Returns block_map bool [B, Hq, Cq + 2, Ck + 2] with the guarantees of ``select_blocks``.
     """
-    args = (key, value, k_offsets, q_centroids, k_centroids, v_centroids, q_sizes, scale, top_p, min_k_ratio, density)
-    validation.check_select_blocks_by_error(*args)
-    result: Tensor = run_implementation("select_blocks_by_error", key.device, *args)
-    return result
-
-
-@select_blocks_by_error.register_fake
-def _(
-    key: Tensor,
-    value: Tensor,
-    k_offsets: Tensor,
-    q_centroids: Tensor,
-    k_centroids: Tensor,
-    v_centroids: Tensor,
-    q_sizes: Tensor,
-    scale: float,
-    top_p: float,
-    min_k_ratio: float,
-    density: float | None = None,
-) -> Tensor:
     batch, q_heads, num_q_clusters, _ = q_centroids.shape
     shape = (batch, q_heads, num_q_clusters + 2, k_centroids.shape[2] + 2)
     return q_centroids.new_empty(shape, dtype=torch.bool)
 
 
-@torch.library.custom_op("svg2::block_density", mutates_args=(), tags=_TAGS)
+@define(contracts.BLOCK_DENSITY)
 def block_density(q_offsets: Tensor, k_offsets: Tensor, block_map: Tensor) -> Tensor:
     """Selected (query, key) pairs over all pairs, float32 [B, Hq]; 0 where there are no pairs."""
-    validation.check_block_density(q_offsets, k_offsets, block_map)
-    result: Tensor = run_implementation("block_density", block_map.device, q_offsets, k_offsets, block_map)
-    return result
-
-
-@block_density.register_fake
-def _(q_offsets: Tensor, k_offsets: Tensor, block_map: Tensor) -> Tensor:
     return q_offsets.new_empty(q_offsets.shape[:2], dtype=torch.float32)
