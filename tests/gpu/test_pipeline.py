@@ -12,8 +12,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from svg2_compile.kernels import ops
 from tests.gpu.support import no_host_synchronisation, poison_free_memory, sized, token_major, tokens
-from tests.kernels.helpers import UNIT_ROUNDOFF, assert_within_budget, attention_pipeline, make_problem
-from tests.kernels.test_ops import SCHEMAS, SVG2, sample_arguments
+from tests.kernels.helpers import (
+    UNIT_ROUNDOFF,
+    assert_within_budget,
+    attention_pipeline,
+    make_problem,
+    sample_arguments,
+)
+from tests.kernels.test_ops import SCHEMAS, SVG2
 
 VIDEO = sized(1500, 90)
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -114,6 +114,32 @@ def make_problem(
     return Problem(query, key, value, q_offsets, k_offsets, block_map, scale, k_centroids, v_centroids)
 
 
+def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for every op, with and without its optional ones."""
+    problem = make_problem(batch=2, q_heads=4, kv_heads=2, num_queries=50, num_keys=50)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 50, 16, generator=generator)
+    valid = torch.rand(2, 1, 50, generator=generator) < 0.8
+    labels, q_centroids, q_sizes = ops.kmeans(x, torch.zeros(2, 4, 4, 16), torch.tensor(False), 1)
+    order, offsets = ops.cluster_order(labels, 4, 0, 50)
+    k_sizes = problem.k_offsets.diff(dim=-1)[..., :9].contiguous()
+    limits = (0.25, 0.9, 0.1)
+    means = (q_centroids, problem.k_centroids, problem.v_centroids, q_sizes)
+    tokens = (problem.key, problem.value, problem.k_offsets)
+    by_mass = (q_centroids, problem.k_centroids, q_sizes, k_sizes, *limits)
+    return {
+        "kmeans": [(x, q_centroids, torch.tensor(True), 2), (x.bfloat16(), q_centroids, torch.tensor(False), 1, valid)],
+        "cluster_order": [(labels, 4, 0, 50), (labels[..., :40].contiguous(), 4, 3, 50, valid)],
+        "select_blocks": [by_mass, (*by_mass, 0.3)],
+        "permute_tokens": [(x, order), (x.transpose(1, 2).contiguous().transpose(1, 2), order)],
+        "unpermute_tokens": [(x, order)],
+        "cluster_means": [(x, offsets)],
+        "block_sparse_attention": [problem.args(), problem.args(True), (*problem.args(), order, order[:, :2], 64)],
+        "select_blocks_by_error": [(*tokens, *means, *limits), (*tokens, *means, *limits, 0.3)],
+        "block_density": [(problem.q_offsets, problem.k_offsets, problem.block_map)],
+    }
+
+
 def assert_within_budget(actual: Tensor, exact: Tensor, eager: Tensor | None = None, roundings: float = 16.0) -> None:
     """|actual - exact| <= 2 * (error of eager low precision) + a budget of roundings of the largest result.
 

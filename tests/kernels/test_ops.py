@@ -1,22 +1,20 @@
-"""The ops as a compiler and a user meet them: schemas, fakes, dispatch, opacity; and the rewritten attention,
-whole."""
+"""The ops as a compiler and a user meet them: schemas, fakes, dispatch, opacity."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from svg2_compile.kernels import dispatch, ops
-from tests.kernels.helpers import attention_pipeline, check_identity, make_problem, masked_dense
+from tests.kernels.helpers import attention_pipeline, sample_arguments
 
 SVG2 = torch.ops.svg2
 SCHEMAS = {
@@ -36,34 +34,6 @@ SCHEMAS = {
     " Tensor v_centroids, Tensor q_sizes, float scale, float top_p, float min_k_ratio, float? density=None) -> Tensor",
     "block_density": "(Tensor q_offsets, Tensor k_offsets, Tensor block_map) -> Tensor",
 }
-
-
-def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments for every op, with and without its optional ones."""
-    problem = make_problem(batch=2, q_heads=4, kv_heads=2, num_queries=50, num_keys=50)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 50, 16, generator=generator)
-    valid = torch.rand(2, 1, 50, generator=generator) < 0.8
-    labels, q_centroids, q_sizes = ops.kmeans(x, torch.zeros(2, 4, 4, 16), torch.tensor(False), 1)
-    order, offsets = ops.cluster_order(labels, 4, 0, 50)
-    k_sizes = problem.k_offsets.diff(dim=-1)[..., :9].contiguous()
-    limits = (0.25, 0.9, 0.1)
-    means = (q_centroids, problem.k_centroids, problem.v_centroids, q_sizes)
-    tokens = (problem.key, problem.value, problem.k_offsets)
-    by_mass = (q_centroids, problem.k_centroids, q_sizes, k_sizes, *limits)
-    return {
-        "kmeans": [(x, q_centroids, torch.tensor(True), 2), (x.bfloat16(), q_centroids, torch.tensor(False), 1, valid)],
-        "cluster_order": [(labels, 4, 0, 50), (labels[..., :40].contiguous(), 4, 3, 50, valid)],
-        "select_blocks": [by_mass, (*by_mass, 0.3)],
-        "permute_tokens": [(x, order), (x.transpose(1, 2).contiguous().transpose(1, 2), order)],
-        "unpermute_tokens": [(x, order)],
-        "cluster_means": [(x, offsets)],
-        "block_sparse_attention": [problem.args(), problem.args(True), (*problem.args(), order, order[:, :2], 64)],
-        "select_blocks_by_error": [(*tokens, *means, *limits), (*tokens, *means, *limits, 0.3)],
-        "block_density": [(problem.q_offsets, problem.k_offsets, problem.block_map)],
-    }
-
-
 ARGUMENTS = sample_arguments()
 
 
@@ -122,10 +92,24 @@ def test_implementations_do_not_import_each_other() -> None:
         assert [line for line in imported for other in families if other != name and f"kernels.{other}" in line] == []
 
 
-def test_every_implementation_has_every_op() -> None:
-    for implementation in dispatch.IMPLEMENTATIONS.values():
-        module = __import__(implementation.module, fromlist=["_"])
-        assert [name for name in SCHEMAS if not callable(getattr(module, name, None))] == []
+@pytest.mark.parametrize("implementation", dispatch.IMPLEMENTATIONS)
+def test_every_implementation_has_every_op_with_its_signature(implementation: str) -> None:
+    module = importlib.import_module(dispatch.IMPLEMENTATIONS[implementation].module)
+    assert [name for name in SCHEMAS if not callable(getattr(module, name, None))] == []
+    for name in SCHEMAS:
+        signature = inspect.signature(getattr(module, name))
+        # What only this implementation knows, such as compute_dtype, can be given by keyword alone.
+        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        assert signature.replace(parameters=parameters) == inspect.signature(getattr(ops, name))
+
+
+def test_an_op_takes_keywords_and_has_the_documentation_of_its_signature() -> None:
+    x, order = ARGUMENTS["permute_tokens"][0]
+    assert torch.equal(ops.permute_tokens(order=order, x=x), ops.permute_tokens(x, order))
+    labels = ARGUMENTS["cluster_order"][0][0]
+    by_keyword = ops.cluster_order(labels, num_clusters=4, start=0, num_tokens=50, valid=None)
+    assert all(torch.equal(a, b) for a, b in zip(by_keyword, ops.cluster_order(labels, 4, 0, 50), strict=True))
+    assert str(ops.permute_tokens.__doc__).startswith("Row r of the result is token order[r]")
 
 
 def test_an_explicit_request_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,92 +185,3 @@ def test_fakes_keep_symbolic_sizes_without_guards() -> None:
         inputs = [torch.randn(1, 2, num_tokens, 8) for _ in range(3)]
         assert compiled(*inputs).shape == inputs[0].shape
     assert counter.frame_count == 1
-
-
-# --------------------------------------------------------------------------------------- the rewritten attention, whole
-
-
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    seed=st.integers(0, 10_000),
-    batch=st.integers(1, 2),
-    kv_heads=st.integers(1, 2),
-    group=st.integers(1, 2),
-    layout=st.tuples(st.integers(0, 9), st.integers(12, 120), st.integers(0, 9)),
-    clusters=st.tuples(st.integers(1, 12), st.integers(1, 12)),
-    head_dim=st.integers(1, 24),
-    masked=st.booleans(),
-    compensation=st.booleans(),
-    by_error=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    implementation=st.sampled_from(["cpu", "reference"]),
-)
-def test_identity_when_every_cluster_is_kept(
-    seed: int,
-    batch: int,
-    kv_heads: int,
-    group: int,
-    layout: tuple[int, int, int],
-    clusters: tuple[int, int],
-    head_dim: int,
-    masked: bool,
-    compensation: bool,
-    by_error: bool,
-    dtype: torch.dtype,
-    implementation: str,
-) -> None:
-    torch.manual_seed(seed)
-    before, video, after = layout
-    num_tokens = before + video + after
-    q = torch.randn(batch, kv_heads * group, num_tokens, head_dim).to(dtype)
-    k, v = (torch.randn(batch, kv_heads, num_tokens, head_dim).to(dtype) for _ in range(2))
-    valid = torch.rand(batch, 1, num_tokens) < 0.8 if masked else None
-    if valid is not None:
-        valid[..., 0] = True
-    with ops.use_implementation(implementation):
-        check_identity(
-            *(q, k, v, valid),
-            num_q_clusters=clusters[0],
-            num_k_clusters=clusters[1],
-            video=(before, before + video),
-            compensation=compensation,
-            by_error=by_error,
-        )
-
-
-def test_less_density_means_more_error_and_compensation_less() -> None:
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.randn(1, 2, 12, 16, generator=generator)
-    topic = torch.randint(0, 12, (400,), generator=generator)
-    q, k, v = (1.5 * centers[:, :, topic] + torch.randn(1, 2, 400, 16, generator=generator) / 2 for _ in range(3))
-    exact = masked_dense(q, k, v, None)
-
-    def error(density: float, compensation: bool, by_error: bool) -> float:
-        out, _ = attention_pipeline(
-            q,
-            k,
-            v,
-            num_q_clusters=8,
-            num_k_clusters=24,
-            iters=5,
-            density=density,
-            compensation=compensation,
-            by_error=by_error,
-        )
-        return float((out - exact).square().mean())
-
-    plain = [error(density, False, False) for density in (0.1, 0.25, 0.5, 1.0)]
-    assert plain == sorted(plain, reverse=True)
-    assert plain[-1] < 1e-10
-    for density in (0.1, 0.25):
-        compensated, routed = error(density, True, False), error(density, True, True)
-        assert compensated < error(density, False, False)
-        assert routed < compensated
-
-
-def test_nan_in_a_query_or_key_shows_as_in_dense_attention() -> None:
-    for broken_query in (True, False):
-        q, k, v = (torch.randn(1, 1, 60, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
-        (q if broken_query else k)[0, 0, 11, 3] = float("nan")
-        out, _ = attention_pipeline(q, k, v, num_q_clusters=3, num_k_clusters=6, top_p=0.3)
-        assert torch.equal(out.isnan(), masked_dense(q, k, v, None).isnan())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels import ops
-from tests.kernels.helpers import make_problem
+from svg2_compile.kernels import contracts, ops
+from tests.kernels.helpers import make_problem, sample_arguments
 
+ARGUMENTS = sample_arguments()
 YES = torch.tensor(True)
 
 
@@ -142,6 +145,21 @@ def test_tokens_and_order() -> None:
 def test_tensors_on_two_devices() -> None:
     with pytest.raises(ValueError, match="all tensors must be on one device; given: x on cpu, order on meta"):
         ops.validation.require_same_device("permute_tokens", x=torch.zeros(1), order=torch.zeros(1, device="meta"))
+    here, there = torch.zeros(1, 2, 5, 3), torch.zeros(1, 2, 5, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="all tensors must be on one device; given: x on cpu, order on meta"):
+        ops.validation.validate("permute_tokens", contracts.TOKENS_AND_ORDER, {"x": here, "order": there})
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_every_tensor_of_every_op_is_checked(name: str) -> None:
+    """A tensor that its op's contract forgot would reach a kernel unseen."""
+    op, most_arguments = getattr(ops, name), max(ARGUMENTS[name], key=len)
+    for index, given in enumerate(most_arguments):
+        if isinstance(given, Tensor):
+            parameter = list(inspect.signature(op).parameters)[index]
+            for wrong, error in ((given.to(torch.complex64), TypeError), (given.new_zeros(1, 1, 1, 1, 1), ValueError)):
+                with pytest.raises(error, match=f"svg2::{name}: {parameter} has "):
+                    op(*most_arguments[:index], wrong, *most_arguments[index + 1 :])
 
 
 def test_one_token_and_empty_batches_are_fine() -> None:
