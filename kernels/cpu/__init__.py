@@ -1,0 +1,1 @@
+"""The fast CPU implementation of every op, in ATen calls. ``implementation.py`` lists the ops."""

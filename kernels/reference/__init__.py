@@ -1,0 +1,1 @@
+"""The specification: every op in plain PyTorch, readable before fast. ``implementation.py`` lists the ops."""

@@ -1,0 +1,1 @@
+"""Every op for GPUs, in Triton. ``implementation.py`` lists the ops; nothing is imported here."""

@@ -49,7 +49,7 @@ SHIPPED = Path(__file__).resolve().parent / "configs"
 class TuningKey:
     """What a configuration was measured for, besides the device and the engine, which the table names.
 
-    kernel: a key of ``search_space.SPACES``. dtype: without "torch.". head_dim: as padded. tokens: the power of two at
+    kernel: a key of ``space.SPACES``. dtype: without "torch.". head_dim: as padded. tokens: the power of two at
     or below the number of tokens. density: percent, one of DENSITY_BUCKETS.
     """
 
