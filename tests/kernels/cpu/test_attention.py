@@ -1,4 +1,4 @@
-"""The CPU implementation against the oracle in float64: odd shapes, dtypes, input scales, and random problems."""
+"""Attention on the CPU against the oracle in float64: odd shapes, dtypes, input scales, and random problems."""
 
 from __future__ import annotations
 
@@ -201,3 +201,12 @@ def test_offsets_that_are_no_partition_are_refused() -> None:
     args[4] = problem.k_offsets + 1
     with pytest.raises(ValueError, match=r"k_offsets is no partition of 170 tokens"):
         cpu.block_sparse_attention(*args)
+
+
+def test_block_density_equals_the_oracle() -> None:
+    problem = make_problem(batch=2, q_heads=4, kv_heads=2)
+    args = (problem.q_offsets, problem.k_offsets, problem.block_map)
+    torch.testing.assert_close(cpu.block_density(*args), reference.block_density(*args))
+    nothing = make_problem(num_queries=0)
+    density = cpu.block_density(nothing.q_offsets, nothing.k_offsets, nothing.block_map)
+    assert density.tolist() == [[0.0, 0.0]]

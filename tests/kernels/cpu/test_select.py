@@ -91,12 +91,3 @@ def test_selection_by_error_in_tiles() -> None:
     whole = cpu.select_blocks_by_error(*args, q_sizes, problem.scale, 0.7, 0.0)
     with override("cpu_error", {"ERRORS_PER_TILE": 35}):  # 7 tokens at a time, across cluster boundaries
         assert torch.equal(cpu.select_blocks_by_error(*args, q_sizes, problem.scale, 0.7, 0.0), whole)
-
-
-def test_block_density_equals_the_oracle() -> None:
-    problem = make_problem(batch=2, q_heads=4, kv_heads=2)
-    args = (problem.q_offsets, problem.k_offsets, problem.block_map)
-    torch.testing.assert_close(cpu.block_density(*args), reference.block_density(*args))
-    nothing = make_problem(num_queries=0)
-    density = cpu.block_density(nothing.q_offsets, nothing.k_offsets, nothing.block_map)
-    assert density.tolist() == [[0.0, 0.0]]
