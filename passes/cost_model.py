@@ -16,8 +16,18 @@ import torch
 
 from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION
 
-__all__ = ["CPU", "CostInputs", "DeviceProfile", "crossover_tokens", "dense_seconds", "expected_density", "profile_for"]
-__all__ += ["sparse_seconds", "speedup"]
+__all__ = [
+    "CPU",
+    "CostInputs",
+    "DeviceProfile",
+    "crossover_tokens",
+    "dense_seconds",
+    "expected_density",
+    "profile_for",
+    "profile_named",
+    "sparse_seconds",
+    "speedup",
+]
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,26 @@ def profile_for(device: torch.device) -> DeviceProfile:
         return CPU
     major = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 9
     return _GPUS[min(max(major, min(_GPUS)), max(_GPUS))]
+
+
+def profile_named(name: str) -> tuple[torch.device, DeviceProfile]:
+    """A device by its name: "cpu", "cuda" (the one of this machine, or else sm_90), or an architecture, "cuda:sm_80".
+
+    Newer architectures count as the newest known one. The device need not be there.
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    kind, _, architecture = name.strip().lower().partition(":")
+    if kind == "cpu" and not architecture:
+        return torch.device("cpu"), CPU
+    number = architecture.removeprefix("sm_")
+    if kind == "cuda" and not architecture:
+        return torch.device("cuda"), profile_for(torch.device("cuda"))
+    if kind == "cuda" and architecture.startswith("sm_") and number.isdigit() and int(number) >= 10 * min(_GPUS):
+        return torch.device("cuda"), _GPUS[min(int(number) // 10, max(_GPUS))]
+    known = ", ".join(repr(f"cuda:{profile.name}") for profile in _GPUS.values())
+    raise ValueError(f"device={name!r} is not known. Valid: 'cpu', 'cuda', {known} and newer.")
 
 
 def expected_density(top_p: float, density: float | None, min_k_ratio: float) -> float:

@@ -12,7 +12,6 @@ Guarantees: every attention has one decision, in the order of the graph; no guar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,10 +23,11 @@ from torch.utils._sympy.functions import FloorDiv
 from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_padding
+from svg2_compile.passes.cost_model import DeviceProfile, profile_for
 from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.layout.axes import Factor, same_length, size_expr
-from svg2_compile.passes.sites import Site, SitePolicy, Skip, StaysDense
+from svg2_compile.passes.sites import Site, SitePolicy, Skip, StaysDense, dense_layer_count, dense_layer_detail
 from svg2_compile.passes.token_layout import TokenLayouts
 from svg2_compile.passes.worth import cluster_counts, with_expected_gain
 
@@ -43,6 +43,7 @@ def decide_sites(
     policy: SitePolicy,
     device: torch.device,
     regional: bool = False,
+    profile: DeviceProfile | None = None,
 ) -> list[Site | Skip]:
     """Decide every attention, in the order of the graph.
 
@@ -50,13 +51,15 @@ def decide_sites(
         calls, unreadable: of find_attention.
         layouts: of token_layout, on the same graph.
         policy: thresholds and cluster counts.
-        device: what the cost model is asked about.
+        device: whose kernels will run.
         regional: the graph is one layer among many: dense_layers is then decided at run time, not here.
+        profile: what the cost model is asked about; None is that of ``device``.
     """
     decisions: list[tuple[Any, Site | Skip]] = [
         (found.node, Skip(found.name, found.reason, found.detail)) for found in unreadable
     ]
-    decisions += [(call.node, _decide(call, layouts, policy, device)) for call in calls]
+    profile = profile or profile_for(device)
+    decisions += [(call.node, _decide(call, layouts, policy, device, profile)) for call in calls]
     position = {node: i for i, node in enumerate(next(iter(decisions))[0].graph.nodes)} if decisions else {}
     ordered = [decision for _, decision in sorted(decisions, key=lambda pair: position[pair[0]])]
     if not regional:
@@ -66,9 +69,9 @@ def decide_sites(
 
 def _leave_first_layers_dense(decisions: list[Site | Skip], dense_layers: int | float) -> list[Site | Skip]:
     sites = [decision for decision in decisions if isinstance(decision, Site)]
-    count = dense_layers if isinstance(dense_layers, int) else math.ceil(dense_layers * len(sites) - 1e-9)
+    count = dense_layer_count(dense_layers, len(sites))
     first = {id(site) for site in sites[:count]}
-    detail = f"the first {count} attentions over the video stay dense (dense_layers={dense_layers})"
+    detail = dense_layer_detail(count, dense_layers)
     return [_skip_site(d, "dense_layer", detail) if isinstance(d, Site) and id(d) in first else d for d in decisions]
 
 
@@ -93,10 +96,13 @@ def _skip_site(site: Site, reason: str, detail: str) -> Skip:
         num_heads=site.num_heads,
         head_dim=site.head_dim,
         predicted_speedup=site.predicted_speedup,
+        expected_density=site.expected_density,
     )
 
 
-def _decide(call: AttentionCall, layouts: TokenLayouts, policy: SitePolicy, device: torch.device) -> Site | Skip:
+def _decide(
+    call: AttentionCall, layouts: TokenLayouts, policy: SitePolicy, device: torch.device, profile: DeviceProfile
+) -> Site | Skip:
     numbers: dict[str, Any] = {}
     try:
         if device.type not in (*DEFAULT_IMPLEMENTATION, "meta"):
@@ -124,7 +130,7 @@ def _decide(call: AttentionCall, layouts: TokenLayouts, policy: SitePolicy, devi
             num_k_clusters=num_k_clusters,
             predicted_speedup=None,
         )
-        return with_expected_gain(site, policy, device)
+        return with_expected_gain(site, policy, profile)
     except StaysDense as dense:
         return Skip(call.name, dense.reason, dense.detail, **{**numbers, **dense.numbers})
 

@@ -5,13 +5,14 @@ Reason codes are stable: users read them in reports, and tests name every one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from svg2_compile.passes.attention.call import AttentionCall
 from svg2_compile.passes.attention.masks import KeyPadding
 
-__all__ = ["Site", "SitePolicy", "Skip", "StaysDense"]
+__all__ = ["Site", "SitePolicy", "Skip", "StaysDense", "dense_layer_count", "dense_layer_detail"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Site:
     num_q_clusters: Any
     num_k_clusters: Any
     predicted_speedup: float | None
+    expected_density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,17 @@ class Skip:
     num_heads: Any = None
     head_dim: Any = None
     predicted_speedup: float | None = None
+    expected_density: float | None = None
+
+
+def dense_layer_count(dense_layers: int | float, num_sites: int) -> int:
+    """How many attentions over the video stay dense at the start of a model: a count, or a fraction rounded up."""
+    return dense_layers if isinstance(dense_layers, int) else math.ceil(dense_layers * num_sites - 1e-9)
+
+
+def dense_layer_detail(count: int, dense_layers: int | float) -> str:
+    """The reason "dense_layer" in words."""
+    return f"the first {count} attentions over the video stay dense (dense_layers={dense_layers})"
 
 
 class StaysDense(Exception):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS, CountRule
@@ -21,7 +20,6 @@ from svg2_compile.passes.cost_model import (
     DeviceProfile,
     crossover_tokens,
     expected_density,
-    profile_for,
     speedup,
 )
 from svg2_compile.passes.graph.sizes import plain_size
@@ -44,7 +42,7 @@ def _default_count(rule: CountRule, video: Any) -> Any:
     return Min(wanted, rule.most, Max(1, FloorDiv(video, rule.fewest_tokens)))
 
 
-def with_expected_gain(site: Site, policy: SitePolicy, device: torch.device) -> Site:
+def with_expected_gain(site: Site, policy: SitePolicy, profile: DeviceProfile) -> Site:
     """The site with its predicted speedup, if the size is known. Raises StaysDense where it is too short to gain."""
     video = _hint(site, site.video_tokens)
     if isinstance(policy.min_tokens, int):
@@ -57,16 +55,15 @@ def with_expected_gain(site: Site, policy: SitePolicy, device: torch.device) -> 
         if policy.min_tokens == "auto":
             raise StaysDense("cost", "the size depends on data: give min_tokens as an integer to make it sparse")
         return site
-    profile = profile_for(device)
     gain = float(speedup(cost, profile)) if cost.groups and video else 0.0
     if policy.min_tokens == "auto":
-        _check_gain(cost, profile, gain, device)
-    return replace(site, predicted_speedup=gain)
+        _check_gain(cost, profile, gain)
+    return replace(site, predicted_speedup=gain, expected_density=cost.density)
 
 
-def _check_gain(cost: CostInputs, profile: DeviceProfile, gain: float, device: torch.device) -> None:
+def _check_gain(cost: CostInputs, profile: DeviceProfile, gain: float) -> None:
     if profile is REFERENCE:
-        raise StaysDense("cost", f"no fast kernels for {device.type} devices: min_tokens=<int> runs the slow reference")
+        raise StaysDense("cost", "no fast kernels for this device: min_tokens=<int> runs the slow reference")
     if gain <= 1.0:
         crossover = crossover_tokens(cost, profile) if cost.groups else None
         where = f"from about {crossover} tokens on" if crossover else "at no length"
@@ -75,6 +72,7 @@ def _check_gain(cost: CostInputs, profile: DeviceProfile, gain: float, device: t
             f"{cost.video} video tokens: sparse attention is expected to gain on {profile.name} {where} "
             f"(expected density {cost.density:.0%}); min_tokens=<int> overrides this",
             predicted_speedup=gain,
+            expected_density=cost.density,
         )
 
 

@@ -16,7 +16,7 @@ from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.values import graph_device, input_values, metadata_key
 from svg2_compile.pipeline import PIPELINE, Compilation, run_passes
 from svg2_compile.reporting.describe import describe
-from svg2_compile.reporting.records import GraphReport, SiteReport
+from svg2_compile.reporting.records import SiteReport
 from svg2_compile.runtime.program import DenoisingProgram
 from svg2_compile.runtime.session import Session
 from svg2_compile.runtime.time_reader import TimeReader
@@ -119,7 +119,7 @@ class Svg2Backend:
             spec=c.spec,
             time_reader=TimeReader(c.time_kind, c.time_positions),
             sites=reports,
-            graph_report=GraphReport(name, bool(c.regional), c.time_kind, dict(c.pass_seconds)),
+            graph_report=c.graph_report(),
         )
         self._say_what_stays_dense(reports)
         return program

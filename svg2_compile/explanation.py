@@ -10,18 +10,24 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from svg2_compile.hosts.dynamo import enabled_dynamo_settings
+from svg2_compile.passes.cost_model import DeviceProfile, profile_named
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.values import graph_device
 from svg2_compile.pipeline import ANALYSES, Compilation, run_passes
 from svg2_compile.reporting.describe import describe
-from svg2_compile.reporting.records import GraphReport
 from svg2_compile.reporting.report import Report
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["explain"]
 
 
-def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    module: nn.Module,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    estimate_for: str | None = None,
+    **kwargs: Any,
+) -> Report:
     """Say what the compiler would do with every attention of ``module``, without running anything sparse.
 
     The module is traced with the given inputs, which runs it once densely. Under FakeTensorMode (weights and inputs
@@ -31,18 +37,24 @@ def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = N
         module: the model, or one of its blocks.
         *args, **kwargs: inputs of one call.
         options: the fields of Svg2Config.
+        estimate_for: the device to decide and to predict speed for, which need not be here: "cpu", "cuda",
+            "cuda:sm_90" ... None is the device of the inputs.
 
     Returns:
         A Report; ``print`` shows it as a table. A model that is whole only as ``enable`` runs it is reported whole,
         with the graph breaks of a plain torch.compile and a note.
+
+    Raises:
+        ValueError: an option or ``estimate_for`` is not valid.
     """
     config = Svg2Config.from_options(options)
+    target = None if estimate_for is None else profile_named(estimate_for)
     module = getattr(module, "_orig_mod", module)
     limit = torch._dynamo.config.patch(recompile_limit=max(64, torch._dynamo.config.recompile_limit))
-    plain = _explain_once(module, config, args, kwargs, limit)
+    plain = _explain_once(module, config, target, args, kwargs, limit)
     if not plain.graph_breaks:
         return plain
-    enabled = _explain_once(module, config, args, kwargs, enabled_dynamo_settings())
+    enabled = _explain_once(module, config, target, args, kwargs, enabled_dynamo_settings())
     if len(enabled.graph_breaks) >= len(plain.graph_breaks):
         return plain
     enabled.notes.append(
@@ -55,24 +67,23 @@ def explain(module: nn.Module, *args: Any, options: Mapping[str, Any] | None = N
 
 
 def _explain_once(
-    module: nn.Module, config: Svg2Config, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Any
+    module: nn.Module,
+    config: Svg2Config,
+    target: tuple[torch.device, DeviceProfile] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    settings: Any,
 ) -> Report:
     """Trace ``module`` under ``settings`` and analyse every graph that Dynamo hands over."""
     result = Report()
 
     def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compilation = Compilation(copy_graph_module(gm), config, graph_device(gm))
+        device, profile = target or (graph_device(gm), None)
+        compilation = Compilation(copy_graph_module(gm), config, device, profile=profile)
         run_passes(compilation, ANALYSES)
         number = len(result.graphs)
         result.sites.extend(describe(compilation.decisions, number, config, compilation.device))
-        result.graphs.append(
-            GraphReport(
-                f"graph_{number}",
-                bool(compilation.regional),
-                compilation.time_kind,
-                dict(compilation.pass_seconds),
-            )
-        )
+        result.graphs.append(compilation.graph_report(f"graph_{number}"))
         return gm.forward
 
     counters = torch._dynamo.utils.counters

@@ -13,12 +13,14 @@ from torch import fx
 from svg2_compile.logs.logger import dump_graph, get_logger
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.find import find_attention
+from svg2_compile.passes.cost_model import DeviceProfile, profile_for
 from svg2_compile.passes.decide_sites import decide_sites
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.sites import Site, Skip
 from svg2_compile.passes.sparsify import SparseSite, sparsify
 from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
+from svg2_compile.reporting.records import GraphReport
 from svg2_compile.settings.config import Svg2Config
 
 log = get_logger()
@@ -32,13 +34,15 @@ class Compilation:
 
     gm is rewritten in place; hand in a copy. regional: True if the graph is known to be one layer among many, False
     if it is known to be a whole model, None to decide by whether the timestep enters the graph. name: for messages and
-    the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata.
+    the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata. profile:
+    of the device that speed is estimated for, None for ``device``.
     """
 
     gm: fx.GraphModule
     config: Svg2Config
     device: torch.device
     regional: bool | None = None
+    profile: DeviceProfile | None = None
     name: str = "graph"
     parameters: frozenset[str] | None = None
     layouts: TokenLayouts | None = None
@@ -60,6 +64,17 @@ class Compilation:
         """The positions of the time inputs among the graph's inputs."""
         names = {found.name for found in self.time_inputs}
         return [i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder")) if node.name in names]
+
+    def graph_report(self, name: str | None = None) -> GraphReport:
+        """What a report says about this graph."""
+        profile = self.profile or profile_for(self.device)
+        return GraphReport(
+            name=name or self.name,
+            regional=bool(self.regional),
+            time_source=self.time_kind,
+            pass_seconds=dict(self.pass_seconds),
+            estimated_for=f"{profile.name}: {profile.source}",
+        )
 
     @property
     def sites(self) -> list[Site]:
@@ -94,7 +109,9 @@ def _find_time_inputs(c: Compilation) -> None:
 def _decide_sites(c: Compilation) -> None:
     assert c.layouts is not None
     policy = c.config.site_policy()
-    c.decisions = decide_sites(c.calls, c.unreadable, c.layouts, policy, c.device, regional=bool(c.regional))
+    c.decisions = decide_sites(
+        c.calls, c.unreadable, c.layouts, policy, c.device, regional=bool(c.regional), profile=c.profile
+    )
 
 
 def _sparsify(c: Compilation) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from svg2_compile.cli.arguments import AsJson, Options, fail, pairs, show
+from svg2_compile.cli.arguments import AsJson, Options, chosen_options, fail, pairs, show
 
 __all__ = ["inspect"]
 
@@ -31,6 +31,10 @@ def inspect(
     width: Annotated[int | None, typer.Option(min=1, help="Width of the latent video.")] = None,
     text_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt.")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and inputs.")] = "bfloat16",
+    device: Annotated[
+        str | None, typer.Option(help="To predict speed for: cpu, cuda, cuda:sm_90 ...; default: the device here.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings for a known model (svg2 presets list).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which attentions of a model would become sparse, or what a transformed program does.
@@ -42,7 +46,7 @@ def inspect(
     from svg2_compile.tools.example_inputs import VideoShape
 
     try:
-        chosen = pairs("--set", options)
+        chosen = chosen_options(preset, options)
         if is_archive(Path(model)):
             from svg2_compile.export.commands import inspect_command
 
@@ -52,13 +56,13 @@ def inspect(
         if graph is not None:
             raise ValueError("--graph draws what was rewritten. Valid: a file of svg2 transform.")
         if model.endswith(".pt2"):
-            report = loader.inspect_exported(Path(model), chosen)
+            report = loader.inspect_exported(Path(model), chosen, device)
         else:
             arguments = loader.read_config(config)
             video = VideoShape(batch, frames, height, width, text_tokens)
             given = pairs("--input", inputs)
             weights = loader.parse_dtype(dtype, "--dtype")
-            report = loader.inspect_class(model, arguments, video, given, chosen, weights)
+            report = loader.inspect_class(model, arguments, video, given, chosen, weights, device)
     except ValueError as error:
         fail(error)
     if as_json:

@@ -26,13 +26,13 @@ from svg2_compile.export.errors import ExportError
 from svg2_compile.export.transformed import TimeSource, TransformedProgram
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.attention.find import find_attention
+from svg2_compile.passes.cost_model import DeviceProfile
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path
 from svg2_compile.passes.graph.values import graph_device
 from svg2_compile.passes.hoist_centroids import StateSpec
 from svg2_compile.pipeline import PIPELINE, Compilation, Pass, run_passes
 from svg2_compile.reporting.describe import describe
-from svg2_compile.reporting.records import GraphReport
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["run_on_program", "transform"]
@@ -79,7 +79,7 @@ def transform(exported_program: ExportedProgram, **options: Any) -> TransformedP
     sites = describe(c.decisions, config=config, device=c.device)
     transformed = TransformedProgram(
         *(c.name, dense, sparse, c.spec, config, sites, TimeSource("none", ())),
-        graph_report=GraphReport(c.name, bool(c.regional), c.time_kind, dict(c.pass_seconds)),
+        graph_report=c.graph_report(),
     )
     names = {leaf.node: leaf.name for leaf in transformed.signature.leaves}
     transformed.time = TimeSource(c.time_kind, tuple(names[found.name] for found in c.time_inputs))
@@ -104,12 +104,18 @@ def _transformed_already(program: TransformedProgram, options: Mapping[str, Any]
     return program
 
 
-def run_on_program(program: ExportedProgram, config: Svg2Config, passes: tuple[Pass, ...] = PIPELINE) -> Compilation:
-    """Run passes on a copy of a program's graph, weights shared."""
+def run_on_program(
+    program: ExportedProgram,
+    config: Svg2Config,
+    passes: tuple[Pass, ...] = PIPELINE,
+    target: tuple[torch.device, DeviceProfile] | None = None,
+) -> Compilation:
+    """Run passes on a copy of a program's graph, weights shared; ``target``: to decide for, None is its own device."""
     gm = copy_graph_module(program.graph_module)
     weights = frozenset(name for name, spec in _inputs(program) if spec.kind != InputKind.USER_INPUT)
     name = next((path for path in map(_class_name, program.graph.nodes) if path), "program")
-    return run_passes(Compilation(gm, config, graph_device(gm), name=name, parameters=weights), passes)
+    device, profile = target or (graph_device(gm), None)
+    return run_passes(Compilation(gm, config, device, name=name, parameters=weights, profile=profile), passes)
 
 
 def _opened(program: ExportedProgram) -> ExportedProgram:

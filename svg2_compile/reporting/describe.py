@@ -77,6 +77,7 @@ def _describe(decision: Site | Skip, graph: int) -> SiteReport:
             num_q_clusters=_count(decision.num_q_clusters),
             num_k_clusters=_count(decision.num_k_clusters),
             predicted_speedup=decision.predicted_speedup,
+            expected_density=decision.expected_density,
             graph=graph,
         )
     return SiteReport(
@@ -90,6 +91,7 @@ def _describe(decision: Site | Skip, graph: int) -> SiteReport:
         num_heads=decision.num_heads,
         head_dim=decision.head_dim,
         predicted_speedup=decision.predicted_speedup,
+        expected_density=decision.expected_density,
         graph=graph,
     )
 

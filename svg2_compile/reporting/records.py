@@ -15,7 +15,8 @@ class SiteReport:
     name: module path, such as "blocks.3.attn1". decision: "sparse" or "dense". reason: a stable code ("sparse",
     "cross_attention", "cost" ...). detail: the reason in words. Token counts are ints, or strings such as "s0*s1"
     where the graph is dynamic; None where they could not be told. predicted_speedup: of this attention over dense,
-    by the cost model. workspace_mb: MiB of GPU memory for its lists of keys; None on a CPU and for dynamic sizes.
+    by the cost model. expected_density: the share of the keys that it will attend to, as far as that can be told before
+    anything has run. workspace_mb: MiB of GPU memory for its lists of keys; None on a CPU and for dynamic sizes.
     """
 
     index: int
@@ -32,16 +33,21 @@ class SiteReport:
     predicted_speedup: float | None = None
     graph: int = 0
     workspace_mb: float | None = None
+    expected_density: float | None = None
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph that Dynamo or torch.export handed over, and the seconds that the passes took on it."""
+    """One graph that Dynamo or torch.export handed over, and the seconds that the passes took on it.
+
+    estimated_for: the device that speed-ups were predicted for, and where its figures come from.
+    """
 
     name: str
     regional: bool
     time_source: str  # "timestep", "modulation" or "none"
     pass_seconds: dict[str, float]
+    estimated_for: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     pass
 
 __all__ = ["Report"]
+
+NAME_WIDTH = len("single_transformer_blocks.0-39.attn")
+WIDEST_WORD = len("attention")  # of the usual reasons, which break between words
 
 
 @dataclass
@@ -80,21 +85,30 @@ class Report:
         return console.file.getvalue().rstrip()
 
     def table(self) -> Table:
-        """The attentions as a rich table."""
-        table = Table(title=f"svg2: {len(self.sparse_sites)} of {len(self.sites)} attentions sparse")
-        table.add_column("attention", overflow="fold")
-        table.add_column("decision")
-        table.add_column("reason", overflow="fold")
-        for header in ("video", "context", "heads", "speed-up"):
-            table.add_column(header, justify="right")
+        """The attentions as a rich table, at most 80 columns wide for names of up to NAME_WIDTH columns.
+
+        Names break at dots only. Where room is short, reasons take several lines.
+        """
+        table = Table(
+            title=f"svg2: {len(self.sparse_sites)} of {len(self.sites)} attentions sparse",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        table.add_column("attention", no_wrap=True)
+        table.add_column("n", justify="right", no_wrap=True)
+        table.add_column("decision", min_width=WIDEST_WORD)
+        for header in ("tokens", "density", "faster"):
+            table.add_column(header, justify="right", no_wrap=True)
         for name, count, site in grouped_sites(self.sites):
+            sparse = site.decision == "sparse"
             table.add_row(
-                f"{name} (x{count})" if count > 1 else name,
-                site.decision,
-                site.reason,
-                _text(site.video_tokens),
-                _text(site.context_tokens),
-                f"{_text(site.num_heads)} x {_text(site.head_dim)}",
+                _broken_at_dots(name),
+                str(count),
+                "sparse" if sparse else f"dense: {site.reason.replace('_', ' ')}",
+                _tokens(site),
+                f"{site.expected_density:.0%}" if sparse and site.expected_density is not None else "-",
                 "-" if site.predicted_speedup is None else f"{site.predicted_speedup:.1f}x",
             )
         return table
@@ -107,6 +121,7 @@ class Report:
         if self.graph_breaks:
             lines.append(f"{len(self.graphs)} graphs, because of {len(self.graph_breaks)} graph break(s):")
             lines += [f"  - {reason}" for reason in self.graph_breaks]
+        lines += self._estimates()
         workspace = max((site.workspace_mb for site in self.sites if site.workspace_mb is not None), default=None)
         if workspace is not None:
             lines.append(f"workspace of one sparse attention on the GPU: {workspace:.0f} MiB")
@@ -121,6 +136,30 @@ class Report:
             )
         return lines
 
+    def _estimates(self) -> list[str]:
+        """What the numbers of the table are: heads, and for which device speed was predicted."""
+        shapes = dict.fromkeys(
+            f"{site.num_heads} x {site.head_dim}" for site in self.sites if site.num_heads is not None
+        )
+        lines = [f"heads x head_dim: {', '.join(shapes)}"] if shapes else []
+        devices = dict.fromkeys(graph.estimated_for for graph in self.graphs if graph.estimated_for)
+        if devices and any(site.predicted_speedup is not None for site in self.sites):
+            lines.append(f"speed-up of the attention alone, predicted for {'; '.join(devices)}")
+        return lines
 
-def _text(value: Any) -> str:
-    return "-" if value is None else str(value)
+
+def _broken_at_dots(name: str) -> str:
+    """A module path in lines of at most NAME_WIDTH columns, as far as its parts allow."""
+    lines = [""]
+    for part in re.split(r"(?<=\.)", name):
+        if lines[-1] and len(lines[-1]) + len(part) > NAME_WIDTH:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _tokens(site: SiteReport) -> str:
+    """ "75600", or "75600+512" with context; "-" where it is not known where the video is."""
+    if site.video_tokens is None:
+        return "-"
+    return f"{site.video_tokens}" + (f"+{site.context_tokens}" if site.context_tokens not in (None, 0) else "")

@@ -18,11 +18,18 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from svg2_compile.explanation import explain
+from svg2_compile.logs.logger import get_logger
+from svg2_compile.passes.cost_model import profile_named
 from svg2_compile.reporting.report import Report
 from svg2_compile.settings.config import Svg2Config
 from svg2_compile.tools.example_inputs import InputsNotFound, VideoShape, find_inputs
+from svg2_compile.tools.shorten import KEPT, leave_first_layers_dense, shortened, with_all_blocks
 
 __all__ = ["InspectError", "inspect_class", "inspect_exported", "parse_dtype", "parse_input", "read_config"]
+
+
+log = get_logger()
 
 
 class InspectError(ValueError):
@@ -36,6 +43,7 @@ def inspect_class(
     inputs: Mapping[str, str] | None = None,
     options: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    device: str | None = None,
 ) -> Report:
     """Report on a model class.
 
@@ -46,12 +54,16 @@ def inspect_class(
         inputs: input name -> "SHAPE:DTYPE" or a number, for what cannot be derived (see :func:`parse_input`).
         options: the fields of Svg2Config.
         dtype: of weights and inputs.
+        device: to decide and to predict speed for, "cpu", "cuda", "cuda:sm_90" ...; None is a CUDA device if there is
+            one here, else the CPU.
 
     Raises:
         InspectError: the class cannot be imported or built, or no inputs were found for it.
         ConfigError: an option is not valid.
     """
-    Svg2Config.from_options(options)  # before the work
+    chosen = Svg2Config.from_options(options)  # before the work
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    profile_named(device)
     cls = _load_class(path)
     arguments = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -62,16 +74,31 @@ def inspect_class(
             found = find_inputs(module, _full_config(module, cls, arguments), video or VideoShape(), given, dtype)
         except InputsNotFound as error:
             raise InspectError(str(error)) from error
-        report = _explain(module, found, options)
+        report = _explain_shortened(module, found, chosen, device)
     report.notes.insert(0, "inputs: " + ", ".join(f"{name} {_shape(value)}" for name, value in found.items()))
     return report
 
 
-def _explain(module: nn.Module, inputs: Mapping[str, Any], options: Mapping[str, Any] | None) -> Report:
-    from svg2_compile.explanation import explain
+def _explain_shortened(module: nn.Module, inputs: Mapping[str, Any], config: Svg2Config, device: str) -> Report:
+    """explain, with a few of every run of equal blocks traced."""
+    with shortened(module) as cut:
+        if cut:
+            try:
+                # Which layers stay dense depends on how many there are.
+                report = _explain(module, inputs, {**config.to_dict(), "dense_layers": 0}, device)
+            except Exception as error:
+                log.debug("shortened model failed", exc_info=error)
+            else:
+                report.sites = leave_first_layers_dense(with_all_blocks(report.sites, cut), config.dense_layers)
+                lists = ", ".join(f"{count} x {path}" for path, count in cut.items())
+                report.notes.append(f"of {lists}, all equal, the first {KEPT} were traced")
+                return report
+    return _explain(module, inputs, config.to_dict(), device)
 
+
+def _explain(module: nn.Module, inputs: Mapping[str, Any], options: Mapping[str, Any], device: str) -> Report:
     try:
-        return explain(module, options=options, **inputs)
+        return explain(module, options=options, estimate_for=device, **inputs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise InspectError(
             f"{type(module).__name__} decides by the values of its inputs how it goes on ({error}), and an inspection "
@@ -79,8 +106,8 @@ def _explain(module: nn.Module, inputs: Mapping[str, Any], options: Mapping[str,
         ) from error
 
 
-def inspect_exported(path: Path, options: Mapping[str, Any] | None = None) -> Report:
-    """Report on an exported program (``torch.export.save``).
+def inspect_exported(path: Path, options: Mapping[str, Any] | None = None, device: str | None = None) -> Report:
+    """Report on an exported program (``torch.export.save``); ``device`` as of :func:`inspect_class`, None is its own.
 
     Raises:
         InspectError: the file is missing or is no exported program.
@@ -91,16 +118,15 @@ def inspect_exported(path: Path, options: Mapping[str, Any] | None = None) -> Re
     from svg2_compile.export.transform import run_on_program
     from svg2_compile.pipeline import ANALYSES
     from svg2_compile.reporting.describe import describe
-    from svg2_compile.reporting.records import GraphReport
 
     config = Svg2Config.from_options(options)
+    target = None if device is None else profile_named(device)
     try:
         program = read_exported(path)
     except ExportError as error:
         raise InspectError(str(error)) from error
-    c = run_on_program(program, config, ANALYSES)
-    graph = GraphReport(path.name, bool(c.regional), c.time_kind, dict(c.pass_seconds))
-    return Report(sites=describe(c.decisions, config=config, device=c.device), graphs=[graph])
+    c = run_on_program(program, config, ANALYSES, target)
+    return Report(sites=describe(c.decisions, config=config, device=c.device), graphs=[c.graph_report(path.name)])
 
 
 def parse_input(name: str, text: str) -> Any:

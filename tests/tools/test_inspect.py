@@ -97,6 +97,34 @@ def test_a_model_that_asks_for_values_is_reported_as_far_as_it_came() -> None:
     assert any("values" in note for note in report.notes)
 
 
+def test_equal_layers_are_traced_once_and_all_reported() -> None:
+    report = inspect_class("diffusers.WanTransformer3DModel", {**WAN, "num_layers": 12}, VideoShape(4, 16, 32))
+    assert [site.name for site in report.sites if "attn1" in site.name] == [f"blocks.{i}.attn1" for i in range(12)]
+    assert any("of 12 x blocks, all equal, the first 3 were traced" in note for note in report.notes)
+
+
+def test_the_device_that_is_asked_about_decides() -> None:
+    """At 4,096 tokens of 12 narrow heads a CPU gains nothing; which GPU is asked changes what is predicted."""
+    wan = {**WAN, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 64, "rope_max_seq_len": 1024}
+    speeds = {}
+    for device in ("cpu", "cuda:sm_80", "cuda:sm_90", "cuda:sm_100"):
+        report = inspect_class("diffusers.WanTransformer3DModel", wan, VideoShape(), device=device)
+        site = next(site for site in report.sites if site.name == "blocks.1.attn1")
+        assert site.decision == "sparse" and site.expected_density == 0.25
+        assert (site.workspace_mb is None) == (device == "cpu")
+        speeds[device] = site.predicted_speedup
+        assert f"predicted for {'cpu' if device == 'cpu' else ''}" in str(report)
+    assert speeds["cuda:sm_100"] == speeds["cuda:sm_90"] != speeds["cuda:sm_80"] != speeds["cpu"]
+    assert "predicted for sm_90" in str(report).replace("\n", " ")
+
+
+def test_presets_are_settings() -> None:
+    result = _run("diffusers.WanTransformer3DModel", "--preset", "wan2.1-14b-720p:turbo", "--json")
+    assert result.exit_code == 0, result.output
+    clusters = {(site["num_q_clusters"], site["num_k_clusters"]) for site in json.loads(result.stdout)["sites"]}
+    assert (200, 500) in clusters
+
+
 def test_exported_program(tmp_path: Path) -> None:
     path = tmp_path / "block.pt2"
     torch.export.save(torch.export.export(Block(), (torch.zeros(1, 600, 32),)), path)
@@ -120,6 +148,8 @@ def test_exported_program(tmp_path: Path) -> None:
         (["diffusers.WanTransformer3DModel", "--option", "top_p"], "is not NAME=VALUE"),
         (["diffusers.WanTransformer3DModel", "--dtype", "float17"], "'float17' is not a dtype"),
         (["diffusers.WanTransformer3DModel", "--config", "missing.json"], "missing.json"),
+        (["diffusers.WanTransformer3DModel", "--device", "cuda:sm_20"], "Valid: 'cpu', 'cuda', 'cuda:sm_80'"),
+        (["diffusers.WanTransformer3DModel", "--device", "tpu"], "device='tpu' is not known"),
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
