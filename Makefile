@@ -13,6 +13,9 @@ EXTRAS := test,diffusers,plots,quality
 # Models in tests and demo are built from configurations: nothing is to be fetched at run time.
 RUN    := HF_HUB_OFFLINE=1 $(BIN)/python
 
+# Tests run in as many processes as there are cores, each with its share of threads (tests/conftest.py).
+PYTEST := $(RUN) -m pytest -n auto --dist worksteal
+
 # Kernels are checked with the pinned Triton and with this one, which is installed beside it and not into .venv.
 NEWEST_TRITON := 3.9.0
 NEWEST_STAMP  := .triton-newest/.installed-$(NEWEST_TRITON)
@@ -34,7 +37,7 @@ demo: $(STAMP)
 	$(RUN) -m svg2_compile.cli demo
 
 test: lint newest-triton
-	$(RUN) -m pytest
+	$(PYTEST)
 
 lint: types
 	$(BIN)/ruff check .
@@ -49,7 +52,7 @@ $(NEWEST_STAMP): $(STAMP)
 
 ifeq ($(shell uname -s),Linux)
 newest-triton: $(NEWEST_STAMP)
-	PYTHONPATH=.triton-newest $(RUN) -m pytest tests/kernels/triton/test_resources.py \
+	PYTHONPATH=.triton-newest $(PYTEST) tests/kernels/triton/test_resources.py \
 		tests/kernels/triton/test_rehearsal.py tests/kernels/triton/test_interpreted.py
 else
 newest-triton:
@@ -57,7 +60,7 @@ newest-triton:
 endif
 
 unit: $(STAMP)
-	$(RUN) -m pytest
+	$(PYTEST)
 
 bench: $(STAMP)
 	$(RUN) -m bench

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from svg2_compile.logs.logger import dump_graph, get_logger
+from svg2_compile.logs.dumps import dump_graph
+from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.find import find_attention
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for

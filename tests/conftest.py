@@ -8,6 +8,13 @@ from collections.abc import Iterator
 # Before diffusers is imported: models are built from configurations, nothing is to be fetched.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# In processes side by side (pytest -n auto) each has its share of the cores: more threads would wait for each other.
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
+)
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 

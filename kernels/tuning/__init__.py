@@ -1,1 +1,2 @@
-"""Tile sizes by device: ``lookup.py`` is asked at every launch, ``search.py`` measures, ``tables.py`` keeps files."""
+"""Tile sizes by device: ``lookup.py`` is asked at every launch, ``tables.py`` keeps files, ``defaults.py`` serves
+where there is none."""

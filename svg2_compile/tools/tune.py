@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
+from svg2_compile.kernels.autotune.search import Outcome, default_workloads, describe, tune
+from svg2_compile.kernels.autotune.search import Progress as Step
+from svg2_compile.kernels.autotune.workloads import Workload
 from svg2_compile.kernels.tuning import tables as tuning_tables
 from svg2_compile.kernels.tuning.lookup import device_name, forget_tables
-from svg2_compile.kernels.tuning.search import Outcome, default_workloads, describe, tune
-from svg2_compile.kernels.tuning.search import Progress as Step
-from svg2_compile.kernels.tuning.workloads import Workload
 from svg2_compile.settings.presets import load_preset
 
 __all__ = ["DEFAULT_PRESET", "export_table", "import_table", "parse_budget", "run_tune", "workloads_for"]

@@ -22,7 +22,8 @@ def asked(monkeypatch, comparison):
     """The command with the comparison already made; collects what it was asked for."""
     calls = []
 
-    def compare(subject, maps, regional, **options):
+    def compare(subject, maps, regional, tell, **options):
+        assert callable(tell)  # the command shows how far it is
         calls.append((subject, maps, regional, options))
         return comparison
 

@@ -71,7 +71,8 @@ def test_an_error_puts_the_blocks_back() -> None:
 
 def test_a_real_model_with_many_layers() -> None:
     small, inputs = build("wan_t2v")
-    model = type(small)(**{**small.config, "num_layers": 5}).eval()
+    config = {**dict(small.config), "num_layers": 5}  # type: ignore[arg-type]
+    model = type(small)(**config).eval()
     whole = svg2_compile.explain(model, options=OPTIONS, **inputs)
     torch._dynamo.reset()
     with shortened(model) as cut:

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from svg2_compile.cli import app
-from svg2_compile.kernels.tuning import space as search_space
+from svg2_compile.kernels.autotune import space as search_space
 from svg2_compile.kernels.tuning import tables as tuning_tables
 from svg2_compile.kernels.tuning.lookup import device_name, forget_tables
 from svg2_compile.settings.presets import load_presets

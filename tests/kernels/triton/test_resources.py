@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is on PyPI for Linux only")
 
+from svg2_compile.kernels.autotune.search import rehearsed_launch
+from svg2_compile.kernels.autotune.workloads import Workload
 from svg2_compile.kernels.triton.error import error_inputs, log_errors
 from svg2_compile.kernels.triton.rehearsal import TARGETS, compile_launch, record_launches, resource_problem
 from svg2_compile.kernels.tuning.defaults import default_config, imagined_capability
-from svg2_compile.kernels.tuning.search import rehearsed_launch
-from svg2_compile.kernels.tuning.workloads import Workload
 
 CUDA = torch.device("cuda")
 CAPABILITIES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}

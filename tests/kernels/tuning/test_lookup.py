@@ -13,7 +13,7 @@ import torch
 from svg2_compile.kernels.tuning.defaults import default_config, imagined_capability
 from svg2_compile.kernels.tuning.lookup import forget_tables, nearest, override, tuned
 from svg2_compile.kernels.tuning.tables import Measurement, TuningKey
-from tests.kernels.tuning.support import CPU, SMALL, measured, write
+from tests.kernels.tuning_support import CPU, SMALL, measured, write
 
 
 def test_without_a_table_the_default_is_used_and_gpus_get_a_hint(caplog: pytest.LogCaptureFixture) -> None:

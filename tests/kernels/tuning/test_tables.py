@@ -14,7 +14,7 @@ import torch
 from svg2_compile.kernels.tuning.defaults import default_config
 from svg2_compile.kernels.tuning.lookup import tuned
 from svg2_compile.kernels.tuning.tables import Table, TuningKey, load_table, read_table, table_name
-from tests.kernels.tuning.support import CPU, ENGINE, NAME, SMALL, measured, write
+from tests.kernels.tuning_support import CPU, ENGINE, NAME, SMALL, measured, write
 
 
 def test_keys_are_buckets() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from svg2_compile.kernels.tuning import search, space
+from svg2_compile.kernels.autotune import search, space
+from svg2_compile.kernels.autotune.search import Progress, default_workloads, describe, tune
+from svg2_compile.kernels.autotune.workloads import Workload
 from svg2_compile.kernels.tuning.lookup import tuned
-from svg2_compile.kernels.tuning.search import Progress, default_workloads, describe, tune
 from svg2_compile.kernels.tuning.tables import Table, load_table, merge
-from svg2_compile.kernels.tuning.workloads import Workload
-from tests.kernels.tuning.support import CPU, ENGINE, NAME, SMALL
+from tests.kernels.tuning_support import CPU, ENGINE, NAME, SMALL
 
 
 def test_a_search_tries_the_space_and_remembers(folder: Path) -> None:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.autotune.space import CPU_KERNELS, GPU_KERNELS, candidates
+from svg2_compile.kernels.autotune.workloads import HEAD_KERNEL, Workload
 from svg2_compile.kernels.tuning.defaults import capability_of, default_config
 from svg2_compile.kernels.tuning.lookup import device_name, forget_tables, override
-from svg2_compile.kernels.tuning.space import CPU_KERNELS, GPU_KERNELS, candidates
 from svg2_compile.kernels.tuning.tables import Measurement, Table, cache_dir, engine_of, load_table, merge
-from svg2_compile.kernels.tuning.workloads import HEAD_KERNEL, Workload
 
 if TYPE_CHECKING:
     from svg2_compile.kernels.triton.rehearsal import Launch

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svg2_compile.kernels.tuning import space
+from svg2_compile.kernels.autotune import space
 from svg2_compile.kernels.tuning.defaults import default_config, imagined_capability
-from tests.kernels.tuning.support import CPU
+from tests.kernels.tuning_support import CPU
 
 
 def test_every_default_is_a_candidate() -> None:

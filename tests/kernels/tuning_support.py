@@ -1,0 +1,34 @@
+"""A small workload on this machine's CPU, tables for it, and a cache directory for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from svg2_compile.kernels.autotune.workloads import Workload
+from svg2_compile.kernels.tuning.lookup import device_name, forget_tables
+from svg2_compile.kernels.tuning.tables import Measurement, Table, TuningKey, cache_dir, engine_of, merge
+
+CPU = torch.device("cpu")
+NAME = device_name(CPU)
+ENGINE = engine_of(NAME)
+SMALL = Workload("cpu_kmeans", torch.float32, 16, 600, 1)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("SVG2_CACHE_DIR", str(tmp_path))
+    forget_tables()
+    yield cache_dir()
+    forget_tables()
+
+
+def measured(scores: int, complete: bool = True) -> Measurement:
+    return Measurement({"SCORES_PER_TILE": scores}, 1.0, 2.0, {f"SCORES_PER_TILE={scores}": 1.0}, complete)
+
+
+def write(folder: Path, measurements: dict[TuningKey, Measurement]) -> Path:
+    return merge(Table(NAME, ENGINE, measurements), folder)
