@@ -13,7 +13,7 @@ from svg2_compile.kernels.autotune.search import Progress, default_workloads, de
 from svg2_compile.kernels.autotune.workloads import Workload
 from svg2_compile.kernels.tuning.lookup import tuned
 from svg2_compile.kernels.tuning.tables import Table, load_table, merge
-from tests.kernels.tuning_support import CPU, ENGINE, NAME, SMALL
+from tests.kernels.tuning_support import CPU, ENGINE, SMALL, machine_name
 
 
 def test_a_search_tries_the_space_and_remembers(folder: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_search_tries_the_space_and_remembers(folder: Path) -> None:
     (outcome,) = tune([SMALL], CPU, budget_s=60, tell=told.append)
     assert outcome.measurement.complete
     assert len(told) == len(space.candidates("cpu_kmeans")) == told[-1].done
-    stored = load_table(NAME, folder)
+    stored = load_table(machine_name(), folder)
     assert stored is not None and stored.measurements[SMALL.key] == outcome.measurement
     assert outcome.measurement.best_ms == min(ms for ms in outcome.measurement.trials.values() if ms is not None)
     assert outcome.measurement.best_ms <= outcome.measurement.default_ms
@@ -36,7 +36,7 @@ def test_a_search_without_time_times_the_default_and_is_resumed() -> None:
     (second,) = tune([SMALL], CPU, budget_s=60, tell=told.append)
     assert second.measurement.complete
     partial = dataclasses.replace(second.measurement, trials={"SCORES_PER_TILE=131072": 0.5}, complete=False)
-    merge(Table(NAME, ENGINE, {SMALL.key: partial}))
+    merge(Table(machine_name(), ENGINE, {SMALL.key: partial}))
     told.clear()
     (third,) = tune([SMALL], CPU, budget_s=60, tell=told.append)
     assert [progress.note for progress in told].count("known") == 1

@@ -14,7 +14,7 @@ import torch
 from svg2_compile.kernels.tuning.defaults import default_config
 from svg2_compile.kernels.tuning.lookup import tuned
 from svg2_compile.kernels.tuning.tables import Table, TuningKey, load_table, read_table, table_name
-from tests.kernels.tuning_support import CPU, ENGINE, NAME, SMALL, measured, write
+from tests.kernels.tuning_support import CPU, ENGINE, SMALL, machine_name, measured, write
 
 
 def test_keys_are_buckets() -> None:
@@ -27,7 +27,7 @@ def test_keys_are_buckets() -> None:
 def test_a_table_survives_its_file(folder: Path) -> None:
     path = write(folder, {SMALL.key: measured(4096, complete=False)})
     table = read_table(path)
-    assert (table.device, table.engine) == (NAME, ENGINE)
+    assert (table.device, table.engine) == (machine_name(), ENGINE)
     assert table.measurements == {SMALL.key: measured(4096, complete=False)}
 
 
@@ -48,7 +48,7 @@ def test_a_table_survives_its_file(folder: Path) -> None:
 def test_a_corrupt_table_is_reported_ignored_and_kept_aside(
     folder: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = folder / table_name(NAME, ENGINE)
+    path = folder / table_name(machine_name(), ENGINE)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
     with caplog.at_level(logging.WARNING, logger="svg2_compile.kernels"):
@@ -69,9 +69,9 @@ def test_bytes_that_are_no_text_are_no_table(tmp_path: Path) -> None:
 def test_a_foreign_table_under_this_devices_name_is_ignored(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     foreign = Table("NVIDIA Something", "triton 1.0", {SMALL.key: measured(4096)})
-    (folder / table_name(NAME, ENGINE)).write_text(json.dumps(foreign.to_json()))
+    (folder / table_name(machine_name(), ENGINE)).write_text(json.dumps(foreign.to_json()))
     with caplog.at_level(logging.WARNING, logger="svg2_compile.kernels"):
-        assert load_table(NAME, folder) is None
+        assert load_table(machine_name(), folder) is None
     assert "NVIDIA Something with triton 1.0" in caplog.text
 
 
