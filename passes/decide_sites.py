@@ -12,7 +12,7 @@ Guarantees: every attention has one decision, in the order of the graph; no guar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,7 @@ def decide_sites(
     device: torch.device,
     regional: bool = False,
     profile: DeviceProfile | None = None,
+    first_dense: Callable[[Sequence[str]], int] | None = None,
 ) -> list[Site | Skip]:
     """Decide every attention, in the order of the graph.
 
@@ -54,6 +55,8 @@ def decide_sites(
         device: whose kernels will run.
         regional: the graph is one layer among many: dense_layers is then decided at run time, not here.
         profile: what the cost model is asked about; None is that of ``device``.
+        first_dense: how many of the first of these attentions stay dense, for a caller who knows what comes before
+            the graph; None is by ``policy.dense_layers`` of this graph alone.
     """
     decisions: list[tuple[Any, Site | Skip]] = [
         (found.node, Skip(found.name, found.reason, found.detail)) for found in unreadable
@@ -63,15 +66,15 @@ def decide_sites(
     position = {node: i for i, node in enumerate(next(iter(decisions))[0].graph.nodes)} if decisions else {}
     ordered = [decision for _, decision in sorted(decisions, key=lambda pair: position[pair[0]])]
     if not regional:
-        ordered = _leave_first_layers_dense(ordered, policy.dense_layers)
+        names = [decision.name for decision in ordered if isinstance(decision, Site)]
+        count = first_dense(names) if first_dense is not None else dense_layer_count(policy.dense_layers, len(names))
+        ordered = _leave_first_layers_dense(ordered, count, dense_layer_detail(count, policy.dense_layers))
     return _numbered(ordered)
 
 
-def _leave_first_layers_dense(decisions: list[Site | Skip], dense_layers: int | float) -> list[Site | Skip]:
+def _leave_first_layers_dense(decisions: list[Site | Skip], count: int, detail: str) -> list[Site | Skip]:
     sites = [decision for decision in decisions if isinstance(decision, Site)]
-    count = dense_layer_count(dense_layers, len(sites))
     first = {id(site) for site in sites[:count]}
-    detail = dense_layer_detail(count, dense_layers)
     return [_skip_site(d, "dense_layer", detail) if isinstance(d, Site) and id(d) in first else d for d in decisions]
 
 

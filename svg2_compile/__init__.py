@@ -2,6 +2,7 @@
 
     torch.compile(model, backend="svg2")        one line, any model
     svg2_compile.enable(pipe)                   a whole diffusers pipeline, steps told by its scheduler
+    svg2_compile.denoising(step=7, ...)         says where the calls of a loop of your own stand
     svg2_compile.explain(model, **inputs)       what would become sparse, and why not the rest
     svg2_compile.compare_with_dense(pipe, ...)  what it costs in quality and gains in time, as a page
     svg2_compile.transform(exported_program)    the same rewrite of a torch.export program; save, load, package it
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from svg2_compile.export.transformed import TransformedProgram
     from svg2_compile.hosts.in_place import Enabled
     from svg2_compile.reporting.report import Report
+    from svg2_compile.runtime.standing import denoising
     from svg2_compile.settings.config import ConfigError, Svg2Config
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Svg2Config",
     "TransformedProgram",
     "compare_with_dense",
+    "denoising",
     "disable",
     "enable",
     "explain",
@@ -57,6 +60,7 @@ _HOME = {
     "Svg2Config": "svg2_compile.settings.config",
     "TransformedProgram": "svg2_compile.export.transformed",
     "compare_with_dense": "svg2_compile.compare.paired",
+    "denoising": "svg2_compile.runtime.standing",
     "disable": "svg2_compile.api",
     "enable": "svg2_compile.api",
     "explain": "svg2_compile.explanation",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from svg2_compile.backend import Svg2Backend
 from svg2_compile.hosts.diffusers import repeated_blocks, transformers_of
-from svg2_compile.hosts.in_place import Enabled, compile_in_place, enabled_of, register
+from svg2_compile.hosts.in_place import Enabled, compile_in_place, compile_parts, enabled_of, register
 from svg2_compile.reporting.report import Report
-from svg2_compile.runtime.clock import SchedulerClock, TimestepClock
-from svg2_compile.runtime.scheduler import SchedulerHook
 from svg2_compile.runtime.session import Session, report_of, sessions
 from svg2_compile.settings.config import Svg2Config
 
@@ -58,31 +57,47 @@ def enable(
     programs = _programs(program, modules, options, regional)
     config = next(iter(programs.values())).config if programs else Svg2Config.from_options(options)
     disable(pipe_or_module)
-    if scheduler is None:
-        scheduler = getattr(pipe_or_module, "scheduler", None)
-    clock = SchedulerClock() if scheduler is not None else TimestepClock()
-    session = Session(config, clock)
+    session = Session(config, _scheduler_of(pipe_or_module, scheduler), _expected_layers)
     enabled = Enabled(pipe_or_module, session)
-    if isinstance(clock, SchedulerClock):
-        enabled._undo.append(SchedulerHook(scheduler, clock).remove)
-    backend = Svg2Backend(config, session, regional=regional)
+    enabled._undo.append(session.step_count.stop)
+    session.follow_scheduler()
+    backend = Svg2Backend(config, session, regional=True if regional else None)
     try:
         for name, module in modules.items():
-            if programs:
+            if name in programs:
                 from svg2_compile.export.in_pipeline import run_in_place
 
-                if name in programs:
-                    run_in_place(module, name, programs[name], enabled)
+                run_in_place(module, name, programs[name], enabled)
+            elif programs:
                 continue
-            parts = repeated_blocks(module) if regional else {"": module}
-            for path, part in parts.items():
-                label = ".".join(filter(None, (name, path)))
-                compile_in_place(part, label, backend, enabled, fullgraph=fullgraph, dynamic=dynamic)
+            elif regional:
+                parts = repeated_blocks(module)
+                compile_parts(module, name, parts, backend, enabled, fullgraph=fullgraph, dynamic=dynamic)
+            else:
+                compile_in_place(module, name, backend, enabled, fullgraph=fullgraph, dynamic=dynamic)
     except BaseException:
         enabled.disable()
         raise
     register(pipe_or_module, enabled)
     return enabled
+
+
+def _scheduler_of(target: Any, scheduler: Any) -> Callable[[], Any] | None:
+    """Yields the scheduler of ``target`` as it is whenever it is asked for; None where there never is one."""
+    if scheduler is not None:
+        return lambda: scheduler
+    if isinstance(target, nn.Module):
+        return None
+    reference = weakref.ref(target)
+    return lambda: getattr(reference(), "scheduler", None)
+
+
+def _expected_layers(module: nn.Module) -> int | None:
+    """How many layers a model has, as far as its modules tell."""
+    try:
+        return len(repeated_blocks(module))
+    except ValueError:
+        return None
 
 
 def _programs(

@@ -60,7 +60,8 @@ class Svg2Backend:
     Args:
         config: the options.
         session: shared by all graphs compiled with this backend.
-        regional: whether the graphs are single layers (True), whole models (False) or to be told apart (None).
+        regional: whether the graphs are known to be single layers (True), or to be told apart (None): also what is
+            enabled as a whole may fall into pieces, by graph breaks or the hooks of others.
     """
 
     def __init__(self, config: Svg2Config, session: Session, regional: bool | None = None) -> None:
@@ -93,7 +94,11 @@ class Svg2Backend:
     def _analyse_and_rewrite(self, gm: fx.GraphModule, name: str) -> Compilation | None:
         """Run the pipeline on a copy. None, and a warning, if a pass fails: then the graph stays dense."""
         copied = copy_graph_module(gm)
-        compilation = Compilation(copied, self.config, graph_device(gm), self.regional, name=name)
+        compilation = Compilation(
+            *(copied, self.config, graph_device(gm), self.regional),
+            name=name,
+            first_dense=self.session.dense_layers().of_graph,
+        )
         try:
             return run_passes(compilation, PIPELINE)
         except Exception as error:
@@ -138,7 +143,8 @@ class Svg2Backend:
         graph adds after Dynamo has finished would be checked by nobody.
         """
         dynamic = _is_dynamic(program.dense.gm)
-        dense_first = program.sparse is None or self.config.dense_steps != 0 or self.config.dense_layers != 0
+        config = self.config
+        dense_first = config.dense_steps != 0 or config.dense_layers != 0 or config.dense_timesteps is not None
         if dense_first or program.sparse is None:
             program.dense.compile(example_inputs)
         if program.sparse is not None and (dynamic or not dense_first):

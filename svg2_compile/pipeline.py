@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Compilation:
     gm is rewritten in place; hand in a copy. regional: True if the graph is known to be one layer among many, False
     if it is known to be a whole model, None to decide by whether the timestep enters the graph. name: for messages and
     the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata. profile:
-    of the device that speed is estimated for, None for ``device``.
+    of the device that speed is estimated for, None for ``device``. first_dense: as of decide_sites.
     """
 
     gm: fx.GraphModule
@@ -44,6 +44,7 @@ class Compilation:
     device: torch.device
     regional: bool | None = None
     profile: DeviceProfile | None = None
+    first_dense: Callable[[Sequence[str]], int] | None = None
     name: str = "graph"
     parameters: frozenset[str] | None = None
     layouts: TokenLayouts | None = None
@@ -111,7 +112,10 @@ def _decide_sites(c: Compilation) -> None:
     assert c.layouts is not None
     policy = c.config.site_policy()
     c.decisions = decide_sites(
-        c.calls, c.unreadable, c.layouts, policy, c.device, regional=bool(c.regional), profile=c.profile
+        *(c.calls, c.unreadable, c.layouts, policy, c.device),
+        regional=bool(c.regional),
+        profile=c.profile,
+        first_dense=c.first_dense,
     )
 
 

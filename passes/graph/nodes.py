@@ -57,6 +57,8 @@ def users_of(node: fx.Node) -> set[fx.Node]:
     return {user for user in node.users if operator_name(user) != "_assert_tensor_metadata"}
 
 
+# How Dynamo gets at a module whose forward other libraries have wrapped: through their hooks, not through the model.
+_HOOK_PARTS = frozenset({"forward", "fn_ref", "original_forward", "_old_forward", "__wrapped__", "_orig_mod"})
 _INDEX = re.compile(r"\[['\"]?(\w+)['\"]?\]")
 
 
@@ -71,5 +73,5 @@ def module_path(node: fx.Node) -> str:
     path = re.sub(r"^L\[['\"]\w+['\"]\]", "", path)
     path = path.replace("__self__", "").replace("__dict__['_modules']", "").replace("_modules", "")
     path = _INDEX.sub(r".\1", path)
-    parts = [part for part in path.split(".") if part]
+    parts = [part for part in path.split(".") if part and part not in _HOOK_PARTS]
     return ".".join(parts) or node.name

@@ -18,10 +18,9 @@ from torch import Tensor, fx
 from svg2_compile.compare.attention_maps import AttentionInputs
 from svg2_compile.compare.density import DensityTable, sparse_steps
 from svg2_compile.kernels import ops
-from svg2_compile.runtime.clock import SchedulerClock
 from svg2_compile.runtime.history import qualified
 from svg2_compile.runtime.program import DenoisingProgram
-from svg2_compile.runtime.session import Session
+from svg2_compile.runtime.session import Session, plan_now
 
 __all__ = ["Captured", "MapRequest", "captured_attention"]
 
@@ -93,7 +92,7 @@ def captured_attention(session: Session, site: str, step: int, head: int) -> Ite
         for program in session.programs:
             if isinstance(program, DenoisingProgram) and program.sparse is not None:
                 replaced.append((program, program.sparse))
-                program.sparse = _Watched(program, session, site, step, head)  # type: ignore[assignment]
+                program.sparse = _Watched(program, site, step, head)  # type: ignore[assignment]
         yield
     finally:
         for program, graph in replaced:
@@ -103,18 +102,16 @@ def captured_attention(session: Session, site: str, step: int, head: int) -> Ite
 class _Watched:
     """In the place of a compiled graph."""
 
-    def __init__(self, program: DenoisingProgram, session: Session, site: str, step: int, head: int) -> None:
+    def __init__(self, program: DenoisingProgram, site: str, step: int, head: int) -> None:
         assert program.sparse is not None
         self._graph = program.sparse
         self._names = [site.name for site in program.sites if site.decision == "sparse"]
-        self._session = session
         self._site, self._step, self._head = site, step, head
 
     def __call__(self, *args: Any) -> Any:
-        label = self._session.scope.label
-        names = [qualified(label, name) for name in self._names]
-        clock = self._session.clock
-        if self._site not in names or not isinstance(clock, SchedulerClock) or clock.step != self._step:
+        plan = plan_now()
+        names = [] if plan is None else [qualified(plan.layer.label, name) for name in self._names]
+        if plan is None or plan.standing is None or self._site not in names or plan.standing.step != self._step:
             return self._graph(*args)
         with torch.no_grad():
             return _Watcher(self._graph.gm, names.index(self._site), self._head).run(*args)

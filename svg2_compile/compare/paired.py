@@ -22,7 +22,6 @@ from svg2_compile.compare.progress import PHASES, Progress, Tell
 from svg2_compile.compare.subjects import Subject, pipeline_subject
 from svg2_compile.compare.videos import same_range
 from svg2_compile.reporting.machine import describe_device, version_of
-from svg2_compile.runtime.clock import SchedulerClock
 from svg2_compile.runtime.scheduler import SchedulerHook
 
 __all__ = ["compare_subject", "compare_with_dense"]
@@ -144,27 +143,25 @@ class _Teller:
         self._tell(Progress(self._phase, len(seconds), num_steps, left))
 
 
-class _StepTimer(SchedulerClock):
+class _StepTimer:
     """Notes the seconds from one step's end to the next; the first begins when the schedule is set."""
 
-    def __init__(self, teller: _Teller) -> None:
-        super().__init__()
-        self._teller = teller
+    def __init__(self, scheduler: Any, teller: _Teller) -> None:
         self.seconds: list[float] = []
+        self._scheduler = scheduler
+        self._teller = teller
         self._begin = time.perf_counter()
 
-    def begin_video(self, num_steps: int | None) -> None:
-        super().begin_video(num_steps)
+    def begin_video(self) -> None:
         self.seconds = []
         self._begin = time.perf_counter()
 
     def end_step(self) -> None:
-        super().end_step()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._begin)
-        self._teller.step(self.seconds, self.num_steps or 0)
+        self._teller.step(self.seconds, len(self._scheduler.timesteps))
         self._begin = now
 
 
@@ -190,9 +187,9 @@ def _timed(subject: Subject, enabled: Enabled, dense_steps: int | None, teller: 
     """One video and its times. None: with the ``dense_steps`` that were asked for."""
     asked = enabled.session.config.dense_steps
     teller.begin(PHASES[3] if dense_steps is None else PHASES[2])
-    timer = _StepTimer(teller)
+    timer = _StepTimer(subject.scheduler, teller)
     # Wrapped around the session's own hook, so it is taken off first.
-    hook = SchedulerHook(subject.scheduler, timer)
+    hook = SchedulerHook(subject.scheduler, timer.begin_video, timer.end_step)
     try:
         _with_dense_steps(enabled, asked if dense_steps is None else dense_steps)
         video = subject.generate(None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from svg2_compile.export.errors import ExportError
 from svg2_compile.export.transformed import TransformedProgram, check_transformed
-from svg2_compile.hosts.in_place import Enabled, replace_call
+from svg2_compile.hosts.in_place import Enabled, run_as_model
 from svg2_compile.runtime.session import Session
 
 __all__ = ["call_through", "programs_of", "run_in_place"]
@@ -49,18 +48,7 @@ def programs_of(
 
 def run_in_place(module: nn.Module, label: str, program: TransformedProgram, enabled: Enabled) -> None:
     """Let calls of ``module`` run a transformed program."""
-    session = enabled.session
-    run = call_through(module, program, session)
-    # The module is held weakly: what it is called through must not keep it alive.
-    reference = weakref.ref(module)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        alive = reference()
-        assert alive is not None  # it is being called
-        with session.scope.running(alive, label):
-            return run(*args, **kwargs)
-
-    replace_call(module, call, enabled)
+    run_as_model(module, label, enabled, call_through(module, program, enabled.session))
 
 
 def call_through(module: nn.Module, program: TransformedProgram, session: Session) -> Callable[..., Any]:

@@ -26,7 +26,8 @@ __all__ = ["TimeSource", "TransformedProgram"]
 
 # What is decided at run time. Everything else is part of the graphs.
 RUN_TIME_OPTIONS = (
-    *("init_iters", "step_iters", "dense_steps", "inner_backend", "inductor_mode", "strict", "store_limit_mb"),
+    *("init_iters", "step_iters", "dense_steps", "dense_last_steps", "dense_timesteps"),
+    *("inner_backend", "inductor_mode", "strict", "store_limit_mb"),
 )
 
 # ("dense" or "sparse", its program, settings) -> the graph that the run time calls.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-__all__ = ["repeated_blocks", "transformers_of"]
+from svg2_compile.runtime.standing import branch_named
+
+__all__ = ["name_branches", "repeated_blocks", "transformers_of"]
 
 
 def transformers_of(target: Any) -> dict[str, nn.Module]:
@@ -50,3 +55,43 @@ def repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
     if not blocks:
         raise ValueError(f"regional=True: {type(module).__name__} has no repeated blocks; use regional=False")
     return blocks
+
+
+class _NamedBranches:
+    """``cache_context(name)`` of a model of diffusers, which also names the guidance branch of the calls inside it.
+
+    A deep copy of the model gets the plain method back.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
+        self.users = 0
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        plain: Any = type(self._owner)
+        with plain.cache_context(self._owner, name, *args, **kwargs), branch_named(name):
+            yield
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._owner))
+        return self if copied is None else types.MethodType(type(copied).cache_context, copied)
+
+
+def name_branches(module: nn.Module) -> Callable[[], None]:
+    """Let ``module.cache_context("cond")`` name the guidance branch. Returns how to undo it."""
+    named = vars(module).get("cache_context")
+    if not isinstance(named, _NamedBranches):
+        named = vars(module)["cache_context"] = _NamedBranches(module)
+    named.users += 1
+    reference = weakref.ref(module)
+
+    def undo() -> None:
+        alive = reference()
+        present = None if alive is None else vars(alive).get("cache_context")
+        if alive is not None and isinstance(present, _NamedBranches):
+            present.users -= 1
+            if not present.users:
+                del vars(alive)["cache_context"]
+
+    return undo

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -11,11 +12,18 @@ import torch
 from torch import nn
 
 from svg2_compile.backend import Svg2Backend
+from svg2_compile.hosts.calls import replace_call
+from svg2_compile.hosts.diffusers import name_branches
 from svg2_compile.hosts.dynamo import enabled_dynamo_settings
+from svg2_compile.hosts.shared_context import SharedContext
 from svg2_compile.reporting.report import Report
+from svg2_compile.runtime.model_call import ModelCall, Part, running_model, running_part
 from svg2_compile.runtime.session import Session, report_of
+from svg2_compile.runtime.time_reader import named_timesteps
 
-__all__ = ["Enabled", "compile_in_place", "enabled_of", "register", "replace_call"]
+__all__ = ["Enabled", "compile_in_place", "compile_parts", "enabled_of", "register", "run_as_model"]
+
+_settings = SharedContext(enabled_dynamo_settings)
 
 _enabled: weakref.WeakKeyDictionary[Any, Enabled] = weakref.WeakKeyDictionary()
 
@@ -25,7 +33,7 @@ class Enabled:
 
     Attributes:
         session: clock, centroids, history and compiled programs.
-        modules: the modules that were compiled.
+        modules: the models that run through the compiler.
     """
 
     def __init__(self, target: Any, session: Session) -> None:
@@ -46,9 +54,10 @@ class Enabled:
         self.session.reset()
 
     def disable(self) -> None:
-        """Put back exactly what was there."""
+        """Put back exactly what was there, and let go of all centroids."""
         while self._undo:
             self._undo.pop()()
+        self.session.reset()
         target = self._target()
         if target is not None:
             _enabled.pop(target, None)
@@ -78,35 +87,72 @@ def enabled_of(target: Any) -> Enabled | None:
 def compile_in_place(
     module: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
 ) -> None:
-    """Let calls of ``module`` run compiled."""
+    """Let calls of ``module``, a whole model, run compiled."""
     compiled = torch.compile(module._call_impl, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
-    session = enabled.session
+    run_as_model(module, label, enabled, lambda *args, **kwargs: _compiled_call(compiled, args, kwargs))
+
+
+def compile_parts(
+    module: nn.Module,
+    label: str,
+    parts: Mapping[str, nn.Module],
+    backend: Svg2Backend,
+    enabled: Enabled,
+    *,
+    fullgraph: bool,
+    dynamic: bool | None,
+) -> None:
+    """Let calls of the ``parts`` of ``module``, by their paths in it, run compiled, one graph for all of a kind."""
+    for path, part in parts.items():
+        _compile_part(part, ".".join(filter(None, (label, path))), backend, enabled, fullgraph, dynamic)
+    # The model itself runs as it is; but its calls are told apart, and its arguments tell the timestep.
+    if module not in parts.values():
+        run_as_model(module, label, enabled, module._call_impl)
+
+
+def _compile_part(
+    part: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, fullgraph: bool, dynamic: bool | None
+) -> None:
+    compiled = torch.compile(part._call_impl, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+    marker = Part(enabled.session, part, label)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with session.scope.running(module, label), enabled_dynamo_settings():
-            result = compiled(*args, **kwargs)
-        if not backend.graphs:
-            session.once.warning(
-                "no graph",
-                "%s runs eagerly and dense: Dynamo handed over no graph of it (after too many recompilations it gives "
-                "a function up for good; torch._dynamo.reset() starts over).",
-                type(module).__name__,
-            )
+        with running_part(marker):
+            return _compiled_call(compiled, args, kwargs)
+
+    _replace_call(part, call, enabled)
+
+
+def _compiled_call(compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with _settings:
+        return compiled(*args, **kwargs)
+
+
+def run_as_model(module: nn.Module, label: str, enabled: Enabled, run: Callable[..., Any]) -> None:
+    """Let calls of ``module`` go through ``run``, as calls of a whole model of the session."""
+    session = enabled.session
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    # The module is held weakly: what it is called through must not keep it alive.
+    reference = weakref.ref(module)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        alive = reference()
+        assert alive is not None  # it is being called
+        model_call = ModelCall(
+            session, alive, label, lambda: named_timesteps({**dict(zip(names, args, strict=False)), **kwargs})
+        )
+        with running_model(model_call):
+            result = run(*args, **kwargs)
+        session.after_model_call(model_call)
         return result
 
-    replace_call(module, call, enabled)
-
-
-def replace_call(module: nn.Module, call: Callable[..., Any], enabled: Enabled) -> None:
-    """Let calls of ``module`` go to ``call``; ``enabled`` learns how to undo it."""
-    before = module._compiled_call_impl
-    module._compiled_call_impl = call
-    reference = weakref.ref(module)
+    _replace_call(module, call, enabled)
     enabled._modules.append(reference)
+    if callable(getattr(module, "cache_context", None)):
+        enabled._undo.append(name_branches(module))
 
-    def undo() -> None:
-        alive = reference()
-        if alive is not None:
-            alive._compiled_call_impl = before
 
-    enabled._undo.append(undo)
+def _replace_call(module: nn.Module, call: Callable[..., Any], enabled: Enabled) -> None:
+    """Let calls of ``module`` go to ``call``; ``enabled`` learns how to undo it."""
+    # A compilation around an enabled module must step over the wrapper, and into nothing of it.
+    enabled._undo.append(replace_call(module, torch.compiler.disable(call, recursive=False)))

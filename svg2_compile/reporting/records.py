@@ -65,6 +65,9 @@ class SiteRecord:
     seeded: bool  # started from the centroids of an earlier step
     density: float | None  # mean over batch and heads; None if not collected
     density_per_head: tuple[tuple[float, ...], ...] | None = None
+    request: str = ""  # whose denoising loop
+    branch: str = ""  # the model call in the step: a number, or the name that it goes by
+    source: str = ""  # who told the step: "context", "scheduler", "timestep" or "modulation"
 
     def to_json(self) -> str:
         return json.dumps(self.__dict__)

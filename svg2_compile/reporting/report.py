@@ -31,13 +31,15 @@ class Report:
     """What was decided about a model and what ran.
 
     sites: one entry for every attention found. graphs: the pieces that were analysed. graph_breaks: why a model fell
-    into several pieces. runs: one record per attention and call, oldest first. store_bytes: memory of the centroids.
+    into several pieces. dense_layers: those that have graphs of their own and stay dense by ``dense_layers``. runs: one
+    record per attention and call, oldest first. store_bytes: memory of the centroids.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
     graphs: list[GraphReport] = field(default_factory=list)
     graph_breaks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    dense_layers: list[str] = field(default_factory=list)
     runs: list[SiteRecord] = field(default_factory=list)
     store_bytes: int = 0
     store_entries: int = 0
@@ -125,6 +127,8 @@ class Report:
         workspace = max((site.workspace_mb for site in self.sites if site.workspace_mb is not None), default=None)
         if workspace is not None:
             lines.append(f"workspace of one sparse attention on the GPU: {workspace:.0f} MiB")
+        if self.dense_layers:
+            lines.append(f"stay dense by dense_layers: {', '.join(self.dense_layers)}")
         lines += self.notes
         if self.runs:
             sparse = sum(run.graph == "sparse" for run in self.runs)

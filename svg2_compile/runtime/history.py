@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from svg2_compile.reporting.records import SiteRecord
+from svg2_compile.runtime.standing import Standing
 
 __all__ = ["CallRecord", "RunHistory", "qualified"]
 
@@ -18,9 +20,7 @@ class CallRecord:
     """One call of a graph. Densities stay on their device until somebody reads them."""
 
     sites: tuple[str, ...]
-    video: int
-    step: int
-    context: int
+    standing: Standing | None
     layer: int
     graph: str
     reason: str
@@ -36,23 +36,28 @@ class CallRecord:
             density: float | None = 1.0 if self.graph == "dense" else None
             if tensor is not None and tensor.numel():
                 density = float(tensor.mean())
+            standing = self.standing
             yield SiteRecord(
-                *(
-                    qualified(self.label, site),
-                    self.video,
-                    self.step,
-                    self.context,
-                    self.layer,
-                    self.graph,
-                    self.reason,
-                ),
-                *(self.iters, self.seeded, density, per_head),
+                site=qualified(self.label, site),
+                video=standing.video if standing else 0,
+                step=standing.step if standing else 0,
+                context=standing.context if standing else 0,
+                layer=self.layer,
+                graph=self.graph,
+                reason=self.reason,
+                iters=self.iters,
+                seeded=self.seeded,
+                density=density,
+                density_per_head=per_head,
+                request=standing.request if standing else "",
+                branch=str(standing.branch) if standing else "",
+                source=standing.source if standing else "",
             )
 
 
 def qualified(label: str, site: str) -> str:
     """The path of an attention whose layer was compiled alone: "blocks.3" and "attn1" make "blocks.3.attn1"."""
-    return f"{label}.{site}" if label else site
+    return f"{label}.{site}" if label and not f"{site}.".startswith(f"{label}.") else site
 
 
 class RunHistory:
@@ -66,12 +71,14 @@ class RunHistory:
         self._limit = limit
         self._attentions = 0
         self._calls: deque[CallRecord] = deque()
+        self._lock = threading.Lock()
 
     def append(self, record: CallRecord) -> None:
-        self._calls.append(record)
-        self._attentions += len(record.sites)
-        while self._attentions > self._limit and len(self._calls) > 1:
-            self._attentions -= len(self._calls.popleft().sites)
+        with self._lock:
+            self._calls.append(record)
+            self._attentions += len(record.sites)
+            while self._attentions > self._limit and len(self._calls) > 1:
+                self._attentions -= len(self._calls.popleft().sites)
 
     def clear(self) -> None:
         self._calls.clear()

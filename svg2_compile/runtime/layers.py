@@ -1,27 +1,35 @@
 """Layer identity: which weights does this call of a graph belong to?
 
-One compiled graph may serve every layer of a model (regional compilation) or several models (two experts of one
-class). What tells the calls apart is the Parameter objects among their inputs: their identity survives offloading,
-which moves the data under them. Where the caller knows better (``enable`` compiles known modules), it says so.
+One compiled graph may serve every layer of a model (regional compilation, models that hooks break into pieces) or
+several models (two experts of one class). What tells the calls apart, the best first:
+
+    the part     ``enable`` compiles known modules and says which one runs
+    the weights  the Parameter objects among the inputs: their identity survives offloading that moves the data under
+                 them. Inside a known model they go by their path in it, which survives offloading that replaces them
+    the order    the n-th call of the graph in a call of the model
 """
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Layer", "LayerTable"]
+from svg2_compile.runtime.model_call import ModelCall, Part
+
+__all__ = ["Layer", "LayerTable", "ParameterPaths"]
+
+# So many of the Parameters of a call stand for all of them: a graph may have thousands.
+_WITNESSES = 3
 
 
 class Layer:
-    """Stands for the weights of one call. Dies with them.
+    """Stands for the weights of one call.
 
-    ordinal: position among the layers that the same graph served in the model call in which this one was first met.
+    ordinal: position among the layers that the graph serves, in the order in which they were first met.
     label: module path of the layer, such as "blocks.3"; empty where nobody said.
     """
 
@@ -33,84 +41,128 @@ class Layer:
         self._references: list[weakref.ref[Any]] = []
 
 
-class ModuleScope:
-    """The module that is being run, for callers that know it. Nested scopes restore what was there."""
+class ParameterPaths:
+    """Paths of the Parameters of a model. Those that appear later are looked up when they are first asked for."""
 
-    def __init__(self) -> None:
-        self.module: torch.nn.Module | None = None
-        self.label = ""
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    @contextlib.contextmanager
-    def running(self, module: torch.nn.Module, label: str = "") -> Iterator[None]:
-        """While inside, calls belong to ``module``, whose path is ``label``."""
-        before = self.module, self.label
-        self.module, self.label = module, label
-        try:
-            yield
-        finally:
-            self.module, self.label = before
+    def of(self, parameter: torch.nn.Parameter) -> str | None:
+        """The path of ``parameter``; None if it is none of the model's."""
+        path: str | None = self._paths.get(parameter)
+        if path is None:
+            module = self._module()
+            if module is not None:
+                for name, found in module.named_parameters():
+                    self._paths[found] = name
+                path = self._paths.get(parameter)
+        return path
 
 
 class LayerTable:
-    """Finds the Layer of a call, for one compiled graph."""
+    """Finds the Layer of a call, for one compiled graph.
 
-    def __init__(self) -> None:
-        self._by_parameters: dict[tuple[int, ...], Layer] = {}
-        self._by_module: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._anonymous: Layer | None = None
-        self._in_model_call = 0
-        self._model_call: Any = None
-        self.most_in_model_call = 0
+    Args:
+        forget: called with a layer whose weights are gone.
+    """
 
-    def find(self, args: Sequence[Any], scope: ModuleScope, model_call: Any) -> Layer:
+    def __init__(self, forget: Callable[[Layer], None] = lambda layer: None) -> None:
+        self._forget = forget
+        self._layers: dict[Hashable, Layer] = {}
+        self._witnesses: tuple[int, ...] | None = None
+
+    def find(
+        self,
+        args: Sequence[Any],
+        part: Part | None,
+        call: ModelCall | None,
+        paths: ParameterPaths | None,
+    ) -> Layer:
         """The Layer of a call with these inputs.
 
         Args:
             args: all inputs of the graph.
-            scope: knows the module that is being run, or nothing.
-            model_call: any value that is the same for all layers of one call of the whole model.
+            part: the module that was compiled on its own and runs now, if that is known.
+            call: the call of the whole model that is under way, if that is known.
+            paths: of the Parameters of that model.
         """
-        if model_call != self._model_call:
-            self._model_call = model_call
-            self._in_model_call = 0
-        layer = self._find_module(scope.module, scope.label) if scope.module is not None else self._find(args)
-        self._in_model_call += 1
-        self.most_in_model_call = max(self.most_in_model_call, self._in_model_call)
-        return layer
+        if part is None:
+            return self._of_weights(args, call, paths)
+        key: Hashable = ("part", id(part.module))
+        if call is not None:
+            # One module may stand at several places of a model.
+            number = call.occurrences[self, key]
+            call.occurrences[self, key] += 1
+            key = (key, number)
+        return self._of(key, part.label, [part.module])
 
     def parameter_ids(self) -> set[int]:
         """The ids of all Parameters met among the inputs and still alive."""
-        return {identity for identities in self._by_parameters for identity in identities}
+        references = (reference() for layer in self._layers.values() for reference in layer._references)
+        return {id(found) for found in references if isinstance(found, torch.nn.Parameter)}
 
     def labels(self) -> list[str]:
         """Module paths of the layers met so far, where known."""
-        return [layer.label for layer in self._by_module.values() if layer.label]
+        return [layer.label for layer in list(self._layers.values()) if layer.label]
 
-    def _find_module(self, module: torch.nn.Module, label: str) -> Layer:
-        layer: Layer | None = self._by_module.get(module)
-        if layer is None:
-            layer = self._by_module[module] = Layer(self._in_model_call, label)
-        return layer
-
-    def _find(self, args: Sequence[Any]) -> Layer:
-        parameters = [arg for arg in args if isinstance(arg, torch.nn.Parameter)]
+    def _of_weights(self, args: Sequence[Any], call: ModelCall | None, paths: ParameterPaths | None) -> Layer:
+        parameters = self._witnesses_of(args)
         if not parameters:
-            if self._anonymous is None:
-                self._anonymous = Layer(0)
-            return self._anonymous
-        identity = tuple(map(id, parameters))
-        layer = self._by_parameters.get(identity)
+            number = 0
+            if call is not None:
+                number = call.anonymous[self]
+                call.anonymous[self] += 1
+                return self._of(("order", id(call.module), number), call.label, [call.module])
+            return self._of(("order", number), "", [])
+        names = [paths.of(parameter) for parameter in parameters] if paths is not None else [None]
+        known = [name for name in names if name is not None]
+        if call is None or len(known) < len(names):
+            key: Hashable = ("weights", *map(id, parameters))
+            kept, label = list[Any](parameters), "" if call is None else call.label
+        else:
+            key, kept = ("paths", id(call.module), *known), [call.module]
+            label = ".".join(filter(None, (call.label, _common_module(known))))
+        if call is not None:
+            # Tied layers have the same weights, and are called several times in one call of the model.
+            number = call.occurrences[self, key]
+            call.occurrences[self, key] += 1
+            key = (key, number)
+        return self._of(key, label, kept)
+
+    def _witnesses_of(self, args: Sequence[Any]) -> list[torch.nn.Parameter]:
+        """A few of the Parameters among the inputs, at the same places in every call."""
+        if self._witnesses is None:
+            found = [index for index, arg in enumerate(args) if isinstance(arg, torch.nn.Parameter)]
+            stride = max(1, (len(found) - 1) // max(1, _WITNESSES - 1))
+            self._witnesses = tuple(found[::stride][:_WITNESSES])
+        return [args[index] for index in self._witnesses if isinstance(args[index], torch.nn.Parameter)]
+
+    def _of(self, key: Hashable, label: str, kept: Sequence[Any]) -> Layer:
+        """The layer that goes by ``key``; a new one lives as long as all of ``kept``."""
+        layer = self._layers.get(key)
         if layer is None:
-            layer = self._by_parameters[identity] = Layer(self._in_model_call)
-            layer._references = [weakref.ref(parameter, self._forget(identity)) for parameter in parameters]
+            layer = self._layers[key] = Layer(len(self._layers), label)
+            layer._references = [weakref.ref(item, self._on_death(key)) for item in kept]
         return layer
 
-    def _forget(self, identity: tuple[int, ...]) -> Any:
+    def _on_death(self, key: Hashable) -> Callable[[weakref.ref[Any]], None]:
         table = weakref.ref(self)
 
-        def on_death(_: weakref.ref[Any]) -> None:
+        def died(_: weakref.ref[Any]) -> None:
             alive = table()
-            if alive is not None:
-                alive._by_parameters.pop(identity, None)
+            layer = None if alive is None else alive._layers.pop(key, None)
+            if alive is not None and layer is not None:
+                alive._forget(layer)
 
-        return on_death
+        return died
+
+
+def _common_module(names: Sequence[str]) -> str:
+    """The path of the smallest module that holds all of these Parameters."""
+    common: list[str] = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

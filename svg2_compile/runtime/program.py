@@ -15,7 +15,7 @@ from svg2_compile.passes.hoist_centroids import StateSpec
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.runtime.history import CallRecord, qualified
 from svg2_compile.runtime.layers import LayerTable
-from svg2_compile.runtime.session import CallPlan, Session
+from svg2_compile.runtime.session import CallPlan, Session, running_plan
 from svg2_compile.runtime.time_reader import TimeReader
 
 __all__ = ["DenoisingProgram"]
@@ -61,10 +61,11 @@ class DenoisingProgram:
         self.graph_report = graph_report
         self.regional = graph_report.regional
         self._site_names = {site.index: site.name for site in sites if site.decision == "sparse"}
-        self.layers = LayerTable()
+        self.layers = LayerTable(session.forget)
         # The sparse graph begins with the inputs of the dense one, and its state is spelled in its own symbols.
         self._binder = SymbolBinder((sparse or dense).gm)
         self._flags: dict[bool, torch.Tensor] = {}
+        self._tokens: tuple[int, ...] | None = None
         session.programs.add(self)
 
     def site_reports(self) -> list[SiteReport]:
@@ -74,13 +75,9 @@ class DenoisingProgram:
             return list(self.sites)
         return [replace(site, name=qualified(label, site.name)) for label in labels for site in self.sites]
 
-    @property
-    def num_layers(self) -> int:
-        """How many layers this graph serves in one model call, as far as seen."""
-        return self.layers.most_in_model_call
-
     def __call__(self, *args: Any) -> Any:
         if self.sparse is None or self.spec is None:
+            self.session.ran()
             return self.dense(*args)
         plan = self.session.plan(self, args)
         if not plan.sparse:
@@ -89,27 +86,39 @@ class DenoisingProgram:
         try:
             return self._run_sparse(self.sparse, self.spec, plan, args)
         except BaseException:
-            self.session.fail(plan.layer)
+            self.session.fail(plan)
             raise
 
     def _run_sparse(self, graph: CompiledGraph, spec: StateSpec, plan: CallPlan, args: Sequence[Any]) -> Any:
-        config = self.session.config
+        config, store, standing = self.session.config, self.session.store, plan.standing
         shapes = self._binder.shapes([slot.shape for slot in spec.slots], args)
-        tokens = tuple(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor) and not _is_weight(arg))
-        key = (plan.tick.context if plan.tick else 0, shapes, tokens)
-        carried = self.session.store.fetch(plan.layer, key) if plan.tick is not None else None
+        carried = None
+        if standing is not None:
+            key = (standing.branch, shapes, self._token_shapes(args))
+            carried = store.fetch(standing.video, plan.layer, key, last=standing.is_last)
         seeded = carried is not None
         iters = config.step_iters if seeded else config.init_iters
         state = carried or tuple(torch.zeros(shape, dtype=torch.float32, device=spec.device) for shape in shapes)
-        outputs = graph(*args, *state, self._flag(seeded), iters)
+        with running_plan(plan):
+            outputs = graph(*args, *state, self._flag(seeded), iters)
         end = spec.num_outputs + len(spec.slots)
-        if plan.tick is not None:
-            self.session.store.put(plan.layer, key, self._keep(outputs[spec.num_outputs : end]))
+        if standing is not None and not standing.is_last:
+            store.put(standing.video, plan.layer, key, self._keep(outputs[spec.num_outputs : end]))
         densities = {
             self._site_names[index]: density for index, density in zip(spec.density_sites, outputs[end:], strict=True)
         }
         self._record(plan, iters, seeded, densities)
         return outputs[: spec.num_outputs]
+
+    def _token_shapes(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The shapes of all inputs that are no weights. Which these are is the same in every call."""
+        if self._tokens is None:
+            self._tokens = tuple(
+                index
+                for index, arg in enumerate(args)
+                if isinstance(arg, torch.Tensor) and not isinstance(arg, torch.nn.Parameter)
+            )
+        return tuple(tuple(args[index].shape) for index in self._tokens)
 
     def _keep(self, centroids: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Centroids to carry to the next step: copies where the next replay of a CUDA graph would overwrite them."""
@@ -125,13 +134,10 @@ class DenoisingProgram:
         return self._flags[seeded]
 
     def _record(self, plan: CallPlan, iters: int, seeded: bool, densities: dict[str, torch.Tensor]) -> None:
-        tick = plan.tick
         self.session.history.append(
             CallRecord(
                 sites=tuple(self._site_names.values()),
-                video=tick.video if tick else 0,
-                step=tick.step if tick else 0,
-                context=tick.context if tick else 0,
+                standing=plan.standing,
                 layer=plan.layer.ordinal,
                 graph="sparse" if plan.sparse else "dense",
                 reason=plan.reason,
@@ -141,7 +147,3 @@ class DenoisingProgram:
                 label=plan.layer.label,
             )
         )
-
-
-def _is_weight(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch.nn.Parameter)

@@ -1,4 +1,7 @@
-"""Tie a SchedulerClock to a scheduler object: a new schedule is a new video, each step the next step."""
+"""Observe a scheduler object: when a schedule is set, and when a step is made.
+
+For schedulers that keep no count of their own, and for those who time steps.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from svg2_compile.runtime.clock import SchedulerClock
+from svg2_compile.runtime.pipelines import Same
 
-__all__ = ["SchedulerHook"]
+__all__ = ["SchedulerHook", "StepCount"]
 
 
 class _Observed:
-    """A bound method of a scheduler that also tells the clock. Looks like the method to ``inspect.signature``.
+    """A bound method of a scheduler that also tells somebody. Looks like the method to ``inspect.signature``.
 
     A deep copy of the scheduler gets the plain method back: pipelines copy schedulers, and a copy is not the one that
-    was enabled.
+    is observed.
     """
 
     def __init__(self, method: Callable[..., Any], after: Callable[[], None]) -> None:
@@ -44,13 +47,13 @@ class SchedulerHook:
 
     Args:
         scheduler: any object with these two methods and a ``timesteps`` attribute (diffusers' schedulers).
-        clock: what to tell.
+        on_schedule, on_step: called after the one and the other.
 
     Raises:
         TypeError: the object has no such methods.
     """
 
-    def __init__(self, scheduler: Any, clock: SchedulerClock) -> None:
+    def __init__(self, scheduler: Any, on_schedule: Callable[[], None], on_step: Callable[[], None]) -> None:
         for name in ("set_timesteps", "step"):
             if not callable(getattr(scheduler, name, None)):
                 raise TypeError(
@@ -58,10 +61,9 @@ class SchedulerHook:
                     f"{type(scheduler).__name__} has no {name}()"
                 )
         self._scheduler = scheduler
-        self._clock = clock
         self._before = {name: vars(scheduler).get(name) for name in ("set_timesteps", "step")}
-        scheduler.set_timesteps = _Observed(scheduler.set_timesteps, self._begin_video)
-        scheduler.step = _Observed(scheduler.step, clock.end_step)
+        scheduler.set_timesteps = _Observed(scheduler.set_timesteps, on_schedule)
+        scheduler.step = _Observed(scheduler.step, on_step)
 
     def remove(self) -> None:
         """Put back exactly what was there."""
@@ -71,6 +73,39 @@ class SchedulerHook:
             else:
                 setattr(self._scheduler, name, before)
 
-    def _begin_video(self) -> None:
-        timesteps = getattr(self._scheduler, "timesteps", None)
-        self._clock.begin_video(len(timesteps) if timesteps is not None else None)
+
+class StepCount:
+    """Counts the steps of the scheduler that a target has now; follows when the target gets another one."""
+
+    def __init__(self) -> None:
+        self._hook: SchedulerHook | None = None
+        self._hooked: Same | None = None
+        self._steps = 0
+
+    def follow(self, scheduler: Any) -> None:
+        """Observe ``scheduler`` from now on.
+
+        Raises:
+            TypeError: it has no ``set_timesteps`` and ``step``.
+        """
+        if self._hooked is None or not self._hooked(scheduler):
+            self.stop()
+            self._hook = SchedulerHook(scheduler, self._begin, self._step)
+            self._hooked = Same(scheduler)
+            self._steps = 0
+
+    def steps_of(self, scheduler: Any) -> int | None:
+        """Steps made since the schedule was set; None for a scheduler that is not observed."""
+        return self._steps if self._hooked is not None and self._hooked(scheduler) else None
+
+    def stop(self) -> None:
+        """Take the observation off."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._hooked = None
+
+    def _begin(self) -> None:
+        self._steps = 0
+
+    def _step(self) -> None:
+        self._steps += 1

@@ -1,13 +1,16 @@
-"""Run time: the session that the compiled graphs of one model share, and its choice between dense and sparse."""
+"""The session that the compiled graphs of one model share, and its choice between dense and sparse at every call."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.codegen.compiled_graph import CompiledGraph
@@ -15,13 +18,20 @@ from svg2_compile.logs.logger import Once, get_logger
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.centroid_store import CentroidStore
-from svg2_compile.runtime.clock import StepClock, Tick, TimeReading, TimestepClock, dense_step_count
+from svg2_compile.runtime.dense_rules import DenseLayers, dense_step_reason
 from svg2_compile.runtime.history import RunHistory
-from svg2_compile.runtime.layers import Layer, LayerTable, ModuleScope
-from svg2_compile.runtime.time_reader import TimeReader
+from svg2_compile.runtime.layers import Layer, LayerTable, ParameterPaths
+from svg2_compile.runtime.model_call import ModelCall, current_call, current_part
+from svg2_compile.runtime.pipelines import SchedulerView, running_pipeline, view_of
+from svg2_compile.runtime.request import Request
+from svg2_compile.runtime.requests import Requests
+from svg2_compile.runtime.scheduler import StepCount
+from svg2_compile.runtime.silence import SilenceWatch
+from svg2_compile.runtime.standing import Standing, said_now
+from svg2_compile.runtime.time_reader import TimeReader, TimeReading, timestep_reading
 from svg2_compile.settings.config import Svg2Config
 
-__all__ = ["CallPlan", "Session", "report_of", "sessions"]
+__all__ = ["CallPlan", "Session", "plan_now", "report_of", "running_plan", "sessions"]
 
 log = get_logger()
 
@@ -29,12 +39,13 @@ log = get_logger()
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CallPlan:
-    """The decision for one call of a program."""
+    """The decision for one call of a program. standing: None where no step could be told."""
 
     layer: Layer
-    tick: Tick | None
+    standing: Standing | None
+    request: Request | None
     sparse: bool
     reason: str
 
@@ -49,106 +60,209 @@ class Program(Protocol):
     regional: bool
     time_reader: TimeReader
     layers: LayerTable
+    sites: tuple[SiteReport, ...]
     graph_report: GraphReport
-
-    @property
-    def num_layers(self) -> int:
-        """How many layers the program serves in one model call, as far as seen."""
 
     def site_reports(self) -> list[SiteReport]:
         """Every attention of the program's graph."""
 
 
 class Session:
-    """What the compiled graphs of one model share: configuration, clock, centroids and history.
+    """What the compiled graphs of one model share: configuration, requests, centroids and history.
 
     The plain backend makes one for each graph that Dynamo hands over, a transformed program one of its own; ``enable``
-    makes one for a whole pipeline.
+    makes one for a whole pipeline. Requests in several threads share it: what belongs to one request is touched by its
+    own thread only, the rest under a lock.
+
+    Args:
+        config: the settings.
+        scheduler: yields the scheduler that drives the model, as it is now, where no pipeline is being called.
+        expected_layers: how many layers a model has, as far as its modules tell.
     """
 
-    def __init__(self, config: Svg2Config, clock: StepClock | None = None) -> None:
+    def __init__(
+        self,
+        config: Svg2Config,
+        scheduler: Callable[[], Any] | None = None,
+        expected_layers: Callable[[torch.nn.Module], int | None] = lambda module: None,
+    ) -> None:
         self.config = config
-        self.clock: StepClock = clock if clock is not None else TimestepClock()
         self.store = CentroidStore(int(config.store_limit_mb * 2**20))
-        self.scope = ModuleScope()
         self.history = RunHistory()
         self.programs: weakref.WeakSet[Program] = weakref.WeakSet()
-        self._videos: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.once = Once(log)
+        self.watch = SilenceWatch(self.once)
+        self.step_count = StepCount()
+        self.requests = Requests(self._over)
+        self._scheduler = scheduler
+        self._expected_layers = expected_layers
+        self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._dense_layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._dense_layers_alone = DenseLayers(config.dense_layers)
+        self._lock = threading.RLock()
         _sessions.add(self)
 
     def reset(self) -> None:
         """Drop all centroids and forget where in a video we are; the next call begins a video."""
-        self.store.clear()
-        self.clock.reset()
+        with self._lock, self.watch.quiet():
+            self.requests.clear()
+            self.store.clear()
 
-    def fail(self, layer: Layer) -> None:
-        """An exception ended a call of ``layer``: nothing of this video is carried on."""
-        self.store.drop(layer)
-        if isinstance(self.clock, TimestepClock):
-            self.clock.forget(layer)
+    def forget(self, layer: Layer) -> None:
+        """The weights of ``layer`` are gone."""
+        with self._lock:
+            self.store.drop_layer(layer)
+
+    def fail(self, plan: CallPlan) -> None:
+        """An exception ended a call: nothing of its video is carried on."""
+        if plan.request is not None:
+            with self._lock, self.watch.quiet():
+                self.requests.close(plan.request)
 
     def plan(self, program: Program, args: Sequence[Any]) -> CallPlan:
         """Decide which graph of ``program`` runs this call."""
-        reading = program.time_reader.read(args) if self.clock.needs_reading else None
-        layer = program.layers.find(args, self.scope, self._model_call(program, reading))
-        tick = self.clock.tick(layer, reading)
-        if tick is None:
-            return self._plan_without_time(program, layer)
-        if self._videos.get(layer) != tick.video:
-            self.store.drop(layer)
-            self._videos[layer] = tick.video
-        if self._is_dense_step(tick):
-            return CallPlan(layer, tick, False, "dense_steps")
-        if program.regional and self._is_dense_layer(program, layer):
-            return CallPlan(layer, tick, False, "dense_layers")
-        return CallPlan(layer, tick, True, "sparse")
+        call = current_call(self)
+        with self._lock:
+            layer = program.layers.find(args, current_part(self), call, self._paths_of(call))
+            located = self._locate(program, args, layer, call)
+            plan = self._decide(program, layer, located, call)
+            if plan.request is not None:
+                plan.request.note(plan.sparse, plan.reason)
+            self.ran(call)
+            return plan
 
-    def _model_call(self, program: Program, reading: TimeReading | None) -> Any:
-        if reading is not None:
-            return program.time_reader.reads
-        return getattr(self.clock, "video", None), getattr(self.clock, "step", None)
+    def ran(self, call: ModelCall | None = None) -> None:
+        """A compiled graph runs, in ``call`` or the one that is under way."""
+        call = call or current_call(self)
+        if call is not None:
+            call.graphs += 1
+
+    def _decide(
+        self, program: Program, layer: Layer, located: tuple[Request, Standing] | None, call: ModelCall | None
+    ) -> CallPlan:
+        if located is None:
+            return self._plan_without_time(program, layer)
+        request, standing = located
+        reason = dense_step_reason(self.config, standing, self.once)
+        if reason is None and program.regional and self.dense_layers(call).of_layer(layer, layer.label):
+            reason = "dense_layers"
+        return CallPlan(layer, standing, request, reason is None, reason or "sparse")
+
+    def after_model_call(self, call: ModelCall) -> None:
+        """A call of the whole model has returned."""
+        with self._lock:
+            self.dense_layers(call).settle()
+            self.watch.after_call(call, self.programs)
+
+    def dense_layers(self, call: ModelCall | None = None) -> DenseLayers:
+        """The decision about the model that is called, or (None) about the only one."""
+        call = call or current_call(self)
+        if call is None:
+            return self._dense_layers_alone
+        decision: DenseLayers | None = self._dense_layers.get(call.module)
+        if decision is None:
+            expected = self._expected_layers(call.module)
+            decision = self._dense_layers[call.module] = DenseLayers(self.config.dense_layers, expected)
+        return decision
+
+    def dense_layer_names(self) -> list[str]:
+        """The layers with graphs of their own that stay dense."""
+        decisions = [self._dense_layers_alone, *self._dense_layers.values()]
+        return [name for decision in decisions for name in decision.names]
+
+    # --------------------------------------------------------------------------------------------- where a call stands
+    def _locate(
+        self, program: Program, args: Sequence[Any], layer: Layer, call: ModelCall | None
+    ) -> tuple[Request, Standing] | None:
+        """The request of this call and where it stands; looked for once in a call of the whole model."""
+        if call is not None and call.located:
+            return None if call.standing is None else (call.request, call.standing)
+        caller = layer if call is None else id(call.module)
+
+        def read() -> TimeReading:
+            timesteps = [] if call is None else call.timesteps()
+            return timestep_reading(timesteps) if timesteps else program.time_reader.read(args)
+
+        said = said_now()
+        view = self._view()
+        found = self.requests.locate(said, view, read, caller)
+        located = None
+        if found is not None:
+            request, source = found
+            if self.config.dense_timesteps is not None and source in ("context", "scheduler"):
+                request.learn_timestep(view, read)
+            located = request, request.standing(request.branch(caller, said.branch), source)
+        if call is not None:
+            call.located = True
+            call.request, call.standing = located or (None, None)
+        return located
+
+    def _view(self) -> SchedulerView | None:
+        pipeline = running_pipeline()
+        own = self.follow_scheduler()
+        scheduler = own if pipeline is None else pipeline.scheduler
+        return None if scheduler is None else view_of(scheduler, pipeline, self.step_count.steps_of(scheduler))
+
+    def follow_scheduler(self) -> Any:
+        """The scheduler of the target as it is now; its steps are counted from now on. None if it has none.
+
+        Raises:
+            TypeError: it has no ``set_timesteps`` and ``step``.
+        """
+        scheduler = None if self._scheduler is None else self._scheduler()
+        if scheduler is not None:
+            self.step_count.follow(scheduler)
+        return scheduler
+
+    def _paths_of(self, call: ModelCall | None) -> ParameterPaths | None:
+        if call is None:
+            return None
+        paths: ParameterPaths | None = self._paths.get(call.module)
+        if paths is None:
+            paths = self._paths[call.module] = ParameterPaths(call.module)
+        return paths
 
     def _plan_without_time(self, program: Program, layer: Layer) -> CallPlan:
-        if self.config.dense_steps == 0:
+        config = self.config
+        if config.dense_steps == 0 and not config.dense_last_steps and config.dense_timesteps is None:
             self.once.warning(
                 "no_timestep",
-                "%s: no input tells the timestep, so every call starts k-means cold. "
-                "svg2_compile.enable(pipe) ties the steps to the scheduler.",
+                "%s: no input tells the timestep, so every call starts k-means cold. svg2_compile.enable(pipe) ties "
+                "the steps to the scheduler, svg2_compile.denoising(step=...) says them.",
                 program.name,
             )
-            return CallPlan(layer, None, True, "sparse")
+            return CallPlan(layer, None, None, True, "sparse")
         self.once.warning(
             "no_timestep",
             "%s stays dense: no input tells the timestep, so dense_steps=%s cannot be counted. "
-            "Use svg2_compile.enable(pipe), which ties the steps to the scheduler, or set dense_steps=0.",
+            "Use svg2_compile.enable(pipe), which ties the steps to the scheduler, say them with "
+            "svg2_compile.denoising(step=...), or set dense_steps=0.",
             program.name,
-            self.config.dense_steps,
+            config.dense_steps,
         )
-        return CallPlan(layer, None, False, "no_timestep")
+        return CallPlan(layer, None, None, False, "no_timestep")
 
-    def _is_dense_step(self, tick: Tick) -> bool:
-        dense_steps = self.config.dense_steps
-        if isinstance(dense_steps, int):
-            return tick.step < dense_steps
-        if dense_steps == 0.0:
-            return False
-        if tick.num_steps is not None:
-            return tick.step < dense_step_count(dense_steps, tick.num_steps)
-        self.once.warning(
-            "unknown_schedule",
-            "the length of the schedule is unknown: dense_steps=%s is taken as a fraction of the timestep's range. "
-            "svg2_compile.enable(pipe) reads the scheduler; an integer counts steps.",
-            dense_steps,
-        )
-        # Without a timestep value, a count of ten is the published setting (20 % of 50 steps).
-        return tick.step < 10 if tick.progress is None else tick.progress < dense_steps
+    def _over(self, request: Request) -> None:
+        self.store.drop_video(request.video)
+        self.watch.video_over(request, self.programs)
 
-    def _is_dense_layer(self, program: Program, layer: Layer) -> bool:
-        dense_layers = self.config.dense_layers
-        if isinstance(dense_layers, float):
-            dense_layers = math.ceil(dense_layers * max(program.num_layers, layer.ordinal + 1) - 1e-9)
-        return layer.ordinal < dense_layers
+
+_running: ContextVar[CallPlan | None] = ContextVar("svg2_running_plan", default=None)
+
+
+@contextlib.contextmanager
+def running_plan(plan: CallPlan) -> Iterator[None]:
+    """While a sparse graph runs, :func:`plan_now` gives its plan to those who look on."""
+    token = _running.set(plan)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def plan_now() -> CallPlan | None:
+    """The plan of the sparse graph that runs in this thread; None outside of one."""
+    return _running.get()
 
 
 def sessions() -> list[Session]:
@@ -166,4 +280,6 @@ def report_of(chosen: Sequence[Session]) -> Report:
         result.runs.extend(session.history.site_records())
         result.store_bytes += session.store.num_bytes
         result.store_entries += session.store.num_entries
+        result.dense_layers += [name for name in session.dense_layer_names() if name not in result.dense_layers]
+        result.notes += session.watch.notes
     return result

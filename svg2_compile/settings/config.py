@@ -22,6 +22,7 @@ __all__ = ["ConfigError", "Svg2Config", "package_version"]
 
 DEFAULT_TOP_P = 0.9
 DEFAULT_DENSITY = 0.25
+DEFAULT_DENSE_STEPS = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ class Svg2Config:
         init_iters: k-means iterations where an attention has no centroids yet (once per video, guidance branch and
             layer).
         step_iters: k-means iterations that continue from the centroids of the previous step.
-        dense_steps: denoising steps at the start of a video that stay dense: a count (int), or a fraction of the
-            schedule (float in [0, 1)).
+        dense_steps: denoising steps at the start of a video that stay dense: a count (int), or a fraction (float in
+            [0, 1)) of the steps that run. "auto" is 0.2, or 0 with dense_timesteps.
+        dense_last_steps: the same at the end of a video.
+        dense_timesteps: steps whose timestep lies in this fraction of its range, counted from the noisy end, stay
+            dense, as ``first_times_fp`` of the SVG2 scripts says; None: the timestep decides nothing.
         dense_layers: layers at the start of the model that stay dense: a count (int), or a fraction (float in [0, 1)).
         min_tokens: the shortest attention that becomes sparse: a number of video tokens, or "auto" for the cost
             model's crossover on the device.
@@ -71,7 +75,9 @@ class Svg2Config:
     num_k_clusters: int | None = None
     init_iters: int = 10
     step_iters: int = 1
-    dense_steps: int | float = 0.2
+    dense_steps: Any = "auto"  # int | float; "auto" is resolved
+    dense_last_steps: int | float = 0
+    dense_timesteps: float | None = None
     dense_layers: int | float = 0.03
     min_tokens: int | str = "auto"
     compensation: str = "centroid"
@@ -90,6 +96,8 @@ class Svg2Config:
             object.__setattr__(self, item.name, parsed)
         if self.preset is not None:
             object.__setattr__(self, "preset", load_preset(self.preset).name)
+        if self.dense_steps == "auto":
+            object.__setattr__(self, "dense_steps", DEFAULT_DENSE_STEPS if self.dense_timesteps is None else 0)
         if self.routing == "auto":
             object.__setattr__(self, "routing", "error" if self.compensation == "centroid" else "score")
         if self.routing == "error" and self.compensation != "centroid":
@@ -144,6 +152,8 @@ class Svg2Config:
         values = {name: value for name, (_, value) in canonical_names(changes).items()}
         if "compensation" in values:
             values.setdefault("routing", "auto")  # the old routing belongs to the old compensation
+        if "dense_timesteps" in values:
+            values.setdefault("dense_steps", "auto")
         return dataclasses.replace(self, **values)
 
     def site_policy(self) -> SitePolicy:

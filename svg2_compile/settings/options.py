@@ -23,7 +23,7 @@ ALIASES: Mapping[str, str] = {
     "num_k_centroids": "num_k_clusters",
     "kmeans_iter_init": "init_iters",
     "kmeans_iter_step": "step_iters",
-    "first_times_fp": "dense_steps",
+    "first_times_fp": "dense_timesteps",
     "first_layers_fp": "dense_layers",
 }
 
@@ -86,7 +86,9 @@ SPECS: Mapping[str, Spec] = {
     "num_k_clusters": Spec(("int",), int_min=1, optional=True),
     "init_iters": Spec(("int",), int_min=1),
     "step_iters": Spec(("int",), int_min=1),
-    "dense_steps": _COUNT_OR_FRACTION,
+    "dense_steps": Spec(("int", "float", "str"), excluded=(1.0,), choices=("auto",)),
+    "dense_last_steps": _COUNT_OR_FRACTION,
+    "dense_timesteps": Spec(("float",), optional=True),
     "dense_layers": _COUNT_OR_FRACTION,
     "min_tokens": Spec(("int", "str"), choices=("auto",)),
     "compensation": Spec(("str",), choices=("none", "centroid")),

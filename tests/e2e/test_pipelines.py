@@ -40,7 +40,7 @@ def test_the_second_video_is_the_first_again():
         assert torch.equal(first, second)
         cold = [run for run in enabled.report().runs if not run.seeded]
     # Once per video, guidance branch and layer.
-    assert [(run.video, run.step) for run in cold] == [(1, 0)] * 6 + [(2, 0)] * 6
+    assert [(run.video, run.step) for run in cold] == [(0, 0)] * 6 + [(1, 0)] * 6
 
 
 @pytest.mark.parametrize("how", ["exception", "interrupt"])
@@ -64,20 +64,33 @@ def test_an_interrupted_video_leaves_nothing_behind(how):
         assert torch.equal(small.run(), expected)
 
 
-def test_guidance_branches_keep_their_own_centroids():
+def _entries_in_every_step(small, enabled, **arguments):
+    """How many sets of centroids are kept at the end of every step of a video."""
+    kept = []
+
+    def look(pipe, step, timestep, given):
+        kept.append(enabled.report().store_entries)
+        return given
+
+    small.run(callback_on_step_end=look, **arguments)
+    return kept
+
+
+def test_guidance_branches_keep_their_own_centroids_until_the_last_step():
     small = build("wan")
     with svg2_compile.enable(small.pipe, **SELECTION) as enabled:
-        small.run()
+        kept = _entries_in_every_step(small, enabled)
         report = enabled.report()
-    assert {run.context for run in report.runs} == {0, 1}
-    # Two branches, one entry each: the graph's three layers are kept together.
-    assert report.store_entries == 2
+    assert {(run.context, run.branch) for run in report.runs} == {(0, "('cond', 0)"), (1, "('uncond', 0)")}
+    # Two branches, one entry each: the graph's three layers are kept together. The last step needs none afterwards.
+    assert kept == [2, 2, 2, 0]
+    assert report.store_bytes == 0
 
 
 def test_two_experts_keep_their_own_centroids():
     small = build("wan_two_experts")
     with svg2_compile.enable(small.pipe, **SELECTION) as enabled:
-        small.run(steps=6)
+        kept = _entries_in_every_step(small, enabled, steps=6)
         report = enabled.report()
     sites = {run.site.split(".")[0] for run in report.runs}
     assert sites == {"transformer", "transformer_2"}
@@ -85,7 +98,7 @@ def test_two_experts_keep_their_own_centroids():
         (run.site.split(".")[0], run.context) for run in report.runs if not run.seeded and run.site.endswith("0.attn1")
     ]
     assert cold == [("transformer", 0), ("transformer", 1), ("transformer_2", 0), ("transformer_2", 1)]
-    assert report.store_entries == 4
+    assert max(kept) == 4 and kept[-1] == 2  # what the first expert left behind
 
 
 def test_two_pipelines_in_one_process_do_not_mix():
@@ -104,25 +117,25 @@ def test_disable_puts_everything_back():
     small = build("wan")
     pipe = small.pipe
     expected = small.run(steps=2)
-    scheduler = dict(vars(pipe.scheduler))
-    before = (pipe.transformer._compiled_call_impl, pipe.transformer.forward)
+    scheduler, transformer = dict(vars(pipe.scheduler)), dict(vars(pipe.transformer))
     svg2_compile.enable(pipe, **IDENTITY)
-    assert vars(pipe.scheduler).keys() != scheduler.keys()
+    assert vars(pipe.scheduler).keys() != scheduler.keys() and vars(pipe.transformer) != transformer
     svg2_compile.disable(pipe)
     assert vars(pipe.scheduler).keys() == scheduler.keys()
-    assert (pipe.transformer._compiled_call_impl, pipe.transformer.forward) == before
+    assert vars(pipe.transformer) == transformer
     assert torch.equal(small.run(steps=2), expected)
     svg2_compile.disable(pipe)
 
 
-def test_a_copied_scheduler_is_not_followed():
+def test_a_copied_scheduler_is_not_counted():
     small = build("wan")
     with svg2_compile.enable(small.pipe, **IDENTITY) as enabled:
         copied = copy.deepcopy(small.pipe.scheduler)
         copied.set_timesteps(3)
         sample = torch.zeros(1, 4, 2, 16, 16)
         copied.step(sample, copied.timesteps[0], sample)
-        assert (enabled.session.clock.video, enabled.session.clock.step) == (0, 0)
+        assert enabled.session.step_count.steps_of(small.pipe.scheduler) == 0
+        assert enabled.session.step_count.steps_of(copied) is None
         assert len(copied.timesteps) == 3 and len(small.pipe.scheduler.timesteps) != 3
 
 

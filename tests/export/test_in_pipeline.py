@@ -48,7 +48,7 @@ def test_a_pipeline_runs_as_before(name, tmp_path):
         first_video = len(enabled.report().runs)
         assert_close(small.run(steps=4), expected, slack=20)
         report = enabled.report()
-    for video, runs in enumerate((report.runs[:first_video], report.runs[first_video:]), 1):
+    for video, runs in enumerate((report.runs[:first_video], report.runs[first_video:])):
         assert {run.video for run in runs} == {video}
         assert sorted({(run.step, run.context, run.graph) for run in runs}) == [
             (step, context, "dense" if step == 0 else "sparse")

@@ -228,6 +228,8 @@ def test_cache_key_covers_every_setting() -> None:
         "init_iters": 5,
         "step_iters": 5,
         "dense_steps": 5,
+        "dense_last_steps": 5,
+        "dense_timesteps": 0.5,
         "dense_layers": 5,
         "min_tokens": 5,
         "compensation": "none",

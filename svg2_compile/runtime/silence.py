@@ -1,0 +1,86 @@
+"""Nothing stays dense silently: a video without one sparse call, or attentions that no compiled graph ran, are said."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from svg2_compile.logs.logger import Once
+from svg2_compile.runtime.model_call import ModelCall
+from svg2_compile.runtime.request import Request
+
+__all__ = ["SilenceWatch"]
+
+_WAYS_OUT = {
+    "dense_steps": "fewer dense_steps leave steps to be sparse",
+    "dense_last_steps": "fewer dense_last_steps leave steps to be sparse",
+    "dense_timesteps": "a smaller dense_timesteps leaves steps to be sparse",
+    "dense_layers": "fewer dense_layers leave layers to be sparse",
+    "dense_layer": "fewer dense_layers leave layers to be sparse",
+    "no_timestep": "svg2_compile.denoising(step=...) says the step",
+    "cost": "min_tokens=<int> overrides the cost model",
+    "short_sequence": "a smaller min_tokens includes it",
+}
+
+
+class SilenceWatch:
+    """Says once, and keeps for the report, that nothing was sparse, and why.
+
+    Args:
+        once: what speaks.
+    """
+
+    def __init__(self, once: Once) -> None:
+        self._once = once
+        self._quiet = 0
+        self.notes: list[str] = []
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """While inside, nothing is said: videos are given up on purpose."""
+        self._quiet += 1
+        try:
+            yield
+        finally:
+            self._quiet -= 1
+
+    def video_over(self, request: Request, programs: Iterable[Any]) -> None:
+        """A video came to its end."""
+        if request.sparse_calls == 0 and request.step > 0:
+            self._say_dense_video(request.dense_reasons, programs)
+
+    def after_call(self, call: ModelCall, programs: Iterable[Any]) -> None:
+        """A call of the whole model has returned."""
+        # A cache may answer a call in the stead of the model.
+        if not call.graphs and not getattr(call.module, "is_cache_enabled", False):
+            self._say_no_graph_ran(call)
+        standing, request = call.standing, call.request
+        if standing is not None and standing.is_last and standing.step > 0 and request.sparse_calls == 0:
+            self._say_dense_video(request.dense_reasons, programs)
+
+    def _say_no_graph_ran(self, call: ModelCall) -> None:
+        self._say(
+            ("no graph", id(call.module)),
+            f"{type(call.module).__name__} runs eagerly and dense: Dynamo handed over no graph of it, or runs none. "
+            "After too many recompilations it gives a function up for good (torch._dynamo.reset() starts over); "
+            "TORCH_LOGS=recompiles,graph_breaks says why.",
+        )
+
+    def _say_dense_video(self, reasons: Counter[str], programs: Iterable[Any]) -> None:
+        sites = [site for program in programs for site in program.sites]
+        if not any(site.decision == "sparse" for site in sites):
+            reasons = Counter(site.reason for site in sites if site.reason != "cross_attention")
+        why = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+        ways = [_WAYS_OUT[reason] for reason in reasons if reason in _WAYS_OUT]
+        self._say(
+            "dense video",
+            f"a whole video ran without one sparse attention{f': {why}' if why else ''}."
+            + (f" {'; '.join(ways)}." if ways else "")
+            + " svg2_compile.report() says more.",
+        )
+
+    def _say(self, key: Any, text: str) -> None:
+        if not self._quiet and self._once.warning(key, "%s", text):
+            self.notes.append(text)
