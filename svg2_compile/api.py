@@ -151,4 +151,4 @@ def _sessions_of(target: Any) -> list[Session]:
 
 def _serves(session: Session, module: nn.Module) -> bool:
     parameters = {id(parameter) for parameter in module.parameters()}
-    return any(not parameters.isdisjoint(program.layers.parameter_ids()) for program in session.programs)
+    return not parameters.isdisjoint(session.layers.parameter_ids())

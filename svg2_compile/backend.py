@@ -18,7 +18,7 @@ from svg2_compile.pipeline import PIPELINE, Compilation, run_passes
 from svg2_compile.reporting.describe import describe
 from svg2_compile.reporting.records import SiteReport
 from svg2_compile.runtime.program import DenoisingProgram
-from svg2_compile.runtime.session import Session
+from svg2_compile.runtime.session import Session, sessions
 from svg2_compile.runtime.time_reader import TimeReader
 from svg2_compile.settings.config import Svg2Config
 
@@ -50,8 +50,18 @@ def svg2(
     config = Svg2Config.from_options(options)
     if mode is not None:
         config = config.replace(inductor_mode=mode)
+    return Svg2Backend(config, _session_of(config, example_inputs))(gm, example_inputs)
+
+
+def _session_of(config: Svg2Config, example_inputs: Sequence[Any]) -> Session:
+    """The session of the model whose weights are among the inputs, with its graphs of other sizes; or a new one."""
+    weights = {id(value) for value in example_inputs if isinstance(value, torch.nn.Parameter)}
+    for session in sessions():
+        if session.of_backend and session.config == config and not weights.isdisjoint(session.layers.parameter_ids()):
+            return session
     session = Session(config)
-    return Svg2Backend(config, session)(gm, example_inputs)
+    session.of_backend = True
+    return session
 
 
 class Svg2Backend:

@@ -15,7 +15,7 @@ from svg2_compile.backend import Svg2Backend
 from svg2_compile.hosts.calls import replace_call
 from svg2_compile.hosts.diffusers import name_branches
 from svg2_compile.hosts.dynamo import enabled_dynamo_settings
-from svg2_compile.hosts.shared_context import SharedContext
+from svg2_compile.hosts.shared_context import dynamo_context
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.model_call import ModelCall, Part, running_model, running_part
 from svg2_compile.runtime.session import Session, report_of
@@ -23,7 +23,7 @@ from svg2_compile.runtime.time_reader import named_timesteps
 
 __all__ = ["Enabled", "compile_in_place", "compile_parts", "enabled_of", "register", "run_as_model"]
 
-_settings = SharedContext(enabled_dynamo_settings)
+_settings = dynamo_context(enabled_dynamo_settings)
 
 _enabled: weakref.WeakKeyDictionary[Any, Enabled] = weakref.WeakKeyDictionary()
 
@@ -88,7 +88,7 @@ def compile_in_place(
     module: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
 ) -> None:
     """Let calls of ``module``, a whole model, run compiled."""
-    compiled = torch.compile(module._call_impl, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+    compiled = torch.compile(_own_call(module), backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     run_as_model(module, label, enabled, lambda *args, **kwargs: _compiled_call(compiled, args, kwargs))
 
 
@@ -113,7 +113,7 @@ def compile_parts(
 def _compile_part(
     part: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, fullgraph: bool, dynamic: bool | None
 ) -> None:
-    compiled = torch.compile(part._call_impl, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+    compiled = torch.compile(_own_call(part), backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     marker = Part(enabled.session, part, label)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -123,8 +123,22 @@ def _compile_part(
     _replace_call(part, call, enabled)
 
 
+def _own_call(module: nn.Module) -> Callable[..., Any]:
+    """Calls ``module`` through code of its own.
+
+    Dynamo counts compilations by code object, and gives a function up after too many. All modules share the code of
+    ``_call_impl``: a process that enables a pipeline for each request would use it up.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{type(module).__name__}")
+    return call
+
+
 def _compiled_call(compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with _settings:
+    with _settings():
         return compiled(*args, **kwargs)
 
 
@@ -154,5 +168,5 @@ def run_as_model(module: nn.Module, label: str, enabled: Enabled, run: Callable[
 
 def _replace_call(module: nn.Module, call: Callable[..., Any], enabled: Enabled) -> None:
     """Let calls of ``module`` go to ``call``; ``enabled`` learns how to undo it."""
-    # A compilation around an enabled module must step over the wrapper, and into nothing of it.
-    enabled._undo.append(replace_call(module, torch.compiler.disable(call, recursive=False)))
+    # A compilation around an enabled module must not reach into it: what is compiled inside brings its own compiler.
+    enabled._undo.append(replace_call(module, torch.compiler.disable(call)))

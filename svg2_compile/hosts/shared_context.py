@@ -8,7 +8,18 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-__all__ = ["SharedContext"]
+import torch
+
+__all__ = ["SharedContext", "dynamo_context"]
+
+
+def dynamo_context(make: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
+    """What yields a context with Dynamo's settings patched as ``make`` does it, for many threads at once."""
+    # Since torch 2.13 every thread has settings of its own. Before that they are the whole process's.
+    if hasattr(torch._dynamo.config, "_hash_dirty_var"):
+        return make
+    shared = SharedContext(make)
+    return lambda: shared
 
 
 class SharedContext:

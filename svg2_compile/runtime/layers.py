@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.runtime.model_call import ModelCall, Part
 
-__all__ = ["Layer", "LayerTable", "ParameterPaths"]
+__all__ = ["Layer", "LayerTable", "Layers", "ParameterPaths"]
 
 # So many of the Parameters of a call stand for all of them: a graph may have thousands.
 _WITNESSES = 3
@@ -29,7 +29,7 @@ _WITNESSES = 3
 class Layer:
     """Stands for the weights of one call.
 
-    ordinal: position among the layers that the graph serves, in the order in which they were first met.
+    ordinal: position among the layers of the session, in the order in which they were first met.
     label: module path of the layer, such as "blocks.3"; empty where nobody said.
     """
 
@@ -60,24 +60,68 @@ class ParameterPaths:
         return path
 
 
+class Layers:
+    """The layers of a session, whatever graphs serve them: a model is compiled anew for another size, or another dtype.
+
+    Args:
+        forget: a method, called with a layer whose weights are gone.
+    """
+
+    def __init__(self, forget: Callable[[Layer], None]) -> None:
+        # Held weakly: whoever holds the layers is to be freed at once with its centroids, not when cycles are.
+        self._forget = weakref.WeakMethod(forget)
+        self._layers: dict[Hashable, Layer] = {}
+
+    def of(self, key: Hashable, label: str, kept: Callable[[], Sequence[Any]]) -> Layer:
+        """The layer that goes by ``key``; a new one lives as long as all that ``kept`` gives."""
+        layer = self._layers.get(key)
+        if layer is None:
+            layer = self._layers[key] = Layer(len(self._layers), label)
+            layer._references = [weakref.ref(item, self._on_death(key)) for item in kept()]
+        return layer
+
+    def parameter_ids(self) -> set[int]:
+        """The ids of all Parameters that layers live with and that are still alive."""
+        references = (reference() for layer in self._layers.values() for reference in layer._references)
+        return {id(found) for found in references if isinstance(found, torch.nn.Parameter)}
+
+    def _on_death(self, key: Hashable) -> Callable[[weakref.ref[Any]], None]:
+        layers = weakref.ref(self)
+
+        def died(_: weakref.ref[Any]) -> None:
+            alive = layers()
+            layer = None if alive is None else alive._layers.pop(key, None)
+            forget = None if alive is None else alive._forget()
+            if layer is not None and forget is not None:
+                forget(layer)
+
+        return died
+
+
+# Key, label, and what yields the objects that the layer lives with.
+_Found = tuple[Hashable, str, Callable[[], Sequence[Any]]]
+
+
 class LayerTable:
     """Finds the Layer of a call, for one compiled graph.
 
     Args:
-        forget: called with a layer whose weights are gone.
+        layers: of the session.
+        signature: tells graphs apart that serve the same weights, such as the names of their attentions. A graph that
+            is compiled again has the same.
     """
 
-    def __init__(self, forget: Callable[[Layer], None] = lambda layer: None) -> None:
-        self._forget = forget
-        self._layers: dict[Hashable, Layer] = {}
-        self._witnesses: tuple[int, ...] | None = None
+    def __init__(self, layers: Layers, signature: Hashable = ()) -> None:
+        self._layers = layers
+        self._signature = signature
+        self._parameters: tuple[int, ...] | None = None
+        self._witnesses: tuple[int, ...] = ()
+        # Ids of the witnesses -> the witnesses themselves, held weakly, and what was found of all weights.
+        self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Any]], tuple[Hashable, str | None]]] = {}
+        self._served: weakref.WeakSet[Layer] = weakref.WeakSet()
 
     def find(
-        self,
-        args: Sequence[Any],
-        part: Part | None,
-        call: ModelCall | None,
-        paths: ParameterPaths | None,
+        self, args: Sequence[Any], part: Part | None, call: ModelCall | None, paths: ParameterPaths | None
     ) -> Layer:
         """The Layer of a call with these inputs.
 
@@ -87,75 +131,54 @@ class LayerTable:
             call: the call of the whole model that is under way, if that is known.
             paths: of the Parameters of that model.
         """
-        if part is None:
-            return self._of_weights(args, call, paths)
-        key: Hashable = ("part", id(part.module))
+        found = self._by_part(part) if part is not None else self._by_weights(args, call, paths)
+        key: Hashable = (found[0], self._signature)
         if call is not None:
-            # One module may stand at several places of a model.
-            number = call.occurrences[self, key]
-            call.occurrences[self, key] += 1
+            # Tied layers have the same weights, and a module may stand at several places: they are called several times
+            # in one call of the model.
+            number = call.occurrences[key]
+            call.occurrences[key] += 1
             key = (key, number)
-        return self._of(key, part.label, [part.module])
-
-    def parameter_ids(self) -> set[int]:
-        """The ids of all Parameters met among the inputs and still alive."""
-        references = (reference() for layer in self._layers.values() for reference in layer._references)
-        return {id(found) for found in references if isinstance(found, torch.nn.Parameter)}
+        layer = self._layers.of(key, *found[1:])
+        self._served.add(layer)
+        return layer
 
     def labels(self) -> list[str]:
         """Module paths of the layers met so far, where known."""
-        return [layer.label for layer in list(self._layers.values()) if layer.label]
+        served = sorted(self._served, key=lambda layer: layer.ordinal)
+        return list(dict.fromkeys(layer.label for layer in served if layer.label))
 
-    def _of_weights(self, args: Sequence[Any], call: ModelCall | None, paths: ParameterPaths | None) -> Layer:
-        parameters = self._witnesses_of(args)
-        if not parameters:
-            number = 0
-            if call is not None:
-                number = call.anonymous[self]
-                call.anonymous[self] += 1
-                return self._of(("order", id(call.module), number), call.label, [call.module])
-            return self._of(("order", number), "", [])
-        names = [paths.of(parameter) for parameter in parameters] if paths is not None else [None]
-        known = [name for name in names if name is not None]
-        if call is None or len(known) < len(names):
-            key: Hashable = ("weights", *map(id, parameters))
-            kept, label = list[Any](parameters), "" if call is None else call.label
-        else:
-            key, kept = ("paths", id(call.module), *known), [call.module]
-            label = ".".join(filter(None, (call.label, _common_module(known))))
-        if call is not None:
-            # Tied layers have the same weights, and are called several times in one call of the model.
-            number = call.occurrences[self, key]
-            call.occurrences[self, key] += 1
-            key = (key, number)
-        return self._of(key, label, kept)
+    @staticmethod
+    def _by_part(part: Part) -> _Found:
+        return ("part", id(part.module)), part.label, lambda: [part.module]
 
-    def _witnesses_of(self, args: Sequence[Any]) -> list[torch.nn.Parameter]:
-        """A few of the Parameters among the inputs, at the same places in every call."""
-        if self._witnesses is None:
+    def _by_weights(self, args: Sequence[Any], call: ModelCall | None, paths: ParameterPaths | None) -> _Found:
+        if self._parameters is None:
             found = [index for index, arg in enumerate(args) if isinstance(arg, torch.nn.Parameter)]
             stride = max(1, (len(found) - 1) // max(1, _WITNESSES - 1))
-            self._witnesses = tuple(found[::stride][:_WITNESSES])
-        return [args[index] for index in self._witnesses if isinstance(args[index], torch.nn.Parameter)]
+            self._parameters, self._witnesses = tuple(found), tuple(found[::stride][:_WITNESSES])
+        label, module = ("", None) if call is None else (call.label, call.module)
+        if not self._parameters:
+            return ("order", id(module)), label, lambda: [] if module is None else [module]
+        witnesses = tuple(id(args[index]) for index in self._witnesses)
+        known = self._known.get(witnesses)
+        if known is None or any(reference() is None for reference in known[0]):
+            identity = _identity([args[index] for index in self._parameters], paths)
+            known = self._known[witnesses] = ([weakref.ref(args[index]) for index in self._witnesses], identity)
+        key, path = known[1]
+        if path is None:
+            return key, label, lambda: [args[index] for index in self._parameters or ()]
+        return (key, id(module)), ".".join(filter(None, (label, path))), lambda: [module]
 
-    def _of(self, key: Hashable, label: str, kept: Sequence[Any]) -> Layer:
-        """The layer that goes by ``key``; a new one lives as long as all of ``kept``."""
-        layer = self._layers.get(key)
-        if layer is None:
-            layer = self._layers[key] = Layer(len(self._layers), label)
-            layer._references = [weakref.ref(item, self._on_death(key)) for item in kept]
-        return layer
 
-    def _on_death(self, key: Hashable) -> Callable[[weakref.ref[Any]], None]:
-        table = weakref.ref(self)
-
-        def died(_: weakref.ref[Any]) -> None:
-            alive = table()
-            layer = None if alive is None else alive._layers.pop(key, None)
-            if alive is not None and layer is not None:
-                alive._forget(layer)
-
-        return died
+def _identity(parameters: Sequence[torch.nn.Parameter], paths: ParameterPaths | None) -> tuple[Hashable, str | None]:
+    """What the weights of a layer go by, and the path of their smallest common module; None if no model is known."""
+    names = [] if paths is None else [paths.of(parameter) for parameter in parameters]
+    known = [name for name in names if name is not None]
+    if len(known) < len(parameters):
+        return ("weights", frozenset(map(id, parameters))), None
+    path = _common_module(known)
+    return ("path", path), path
 
 
 def _common_module(names: Sequence[str]) -> str:

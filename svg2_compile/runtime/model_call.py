@@ -27,8 +27,8 @@ class ModelCall:
         module: the model. label: its name in a pipeline with several, else empty.
         timesteps: the arguments that carry timesteps, empty if none was recognised.
         standing: where the call stands, found at the first need. located: whether it was looked for.
-        request: the Request of that. occurrences, anonymous: how often each layer, or graph without weights, was
-            called. graphs: how many compiled graphs ran.
+        request: the Request of that. occurrences: how often each layer was called. graphs: how many compiled graphs
+            ran; graphs_with_attention: how many of them have one.
     """
 
     def __init__(self, owner: Any, module: torch.nn.Module, label: str, timesteps: Callable[[], list[Any]]) -> None:
@@ -40,8 +40,8 @@ class ModelCall:
         self.request: Any = None
         self.located = False
         self.occurrences: Counter[Any] = Counter()
-        self.anonymous: Counter[Any] = Counter()
         self.graphs = 0
+        self.graphs_with_attention = 0
 
 
 class Part:

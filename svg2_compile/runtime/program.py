@@ -61,7 +61,7 @@ class DenoisingProgram:
         self.graph_report = graph_report
         self.regional = graph_report.regional
         self._site_names = {site.index: site.name for site in sites if site.decision == "sparse"}
-        self.layers = LayerTable(session.forget)
+        self.layers = LayerTable(session.layers, tuple(self._site_names.values()))
         # The sparse graph begins with the inputs of the dense one, and its state is spelled in its own symbols.
         self._binder = SymbolBinder((sparse or dense).gm)
         self._flags: dict[bool, torch.Tensor] = {}
@@ -77,7 +77,7 @@ class DenoisingProgram:
 
     def __call__(self, *args: Any) -> Any:
         if self.sparse is None or self.spec is None:
-            self.session.ran()
+            self.session.ran_dense(self, args)
             return self.dense(*args)
         plan = self.session.plan(self, args)
         if not plan.sparse:

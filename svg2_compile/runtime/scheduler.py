@@ -75,9 +75,14 @@ class SchedulerHook:
 
 
 class StepCount:
-    """Counts the steps of the scheduler that a target has now; follows when the target gets another one."""
+    """Counts the steps of the scheduler that a target has now; follows when the target gets another one.
 
-    def __init__(self) -> None:
+    Args:
+        over: called when all steps of a schedule were made.
+    """
+
+    def __init__(self, over: Callable[[], None] = lambda: None) -> None:
+        self._over = over
         self._hook: SchedulerHook | None = None
         self._hooked: Same | None = None
         self._steps = 0
@@ -90,7 +95,7 @@ class StepCount:
         """
         if self._hooked is None or not self._hooked(scheduler):
             self.stop()
-            self._hook = SchedulerHook(scheduler, self._begin, self._step)
+            self._hook = SchedulerHook(scheduler, self._begin, lambda: self._step(scheduler.timesteps))
             self._hooked = Same(scheduler)
             self._steps = 0
 
@@ -107,5 +112,7 @@ class StepCount:
     def _begin(self) -> None:
         self._steps = 0
 
-    def _step(self) -> None:
+    def _step(self, timesteps: Any) -> None:
         self._steps += 1
+        if self._steps == len(timesteps):
+            self._over()

@@ -20,7 +20,7 @@ from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.centroid_store import CentroidStore
 from svg2_compile.runtime.dense_rules import DenseLayers, dense_step_reason
 from svg2_compile.runtime.history import RunHistory
-from svg2_compile.runtime.layers import Layer, LayerTable, ParameterPaths
+from svg2_compile.runtime.layers import Layer, Layers, LayerTable, ParameterPaths
 from svg2_compile.runtime.model_call import ModelCall, current_call, current_part
 from svg2_compile.runtime.pipelines import SchedulerView, running_pipeline, view_of
 from svg2_compile.runtime.request import Request
@@ -92,8 +92,11 @@ class Session:
         self.programs: weakref.WeakSet[Program] = weakref.WeakSet()
         self.once = Once(log)
         self.watch = SilenceWatch(self.once)
-        self.step_count = StepCount()
+        self.step_count = StepCount(self.watch.schedule_over)
         self.requests = Requests(self._over)
+        self.layers = Layers(self._forget)
+        # Made by the plain backend, which knows models by their weights only.
+        self.of_backend = False
         self._scheduler = scheduler
         self._expected_layers = expected_layers
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -108,7 +111,7 @@ class Session:
             self.requests.clear()
             self.store.clear()
 
-    def forget(self, layer: Layer) -> None:
+    def _forget(self, layer: Layer) -> None:
         """The weights of ``layer`` are gone."""
         with self._lock:
             self.store.drop_layer(layer)
@@ -128,14 +131,16 @@ class Session:
             plan = self._decide(program, layer, located, call)
             if plan.request is not None:
                 plan.request.note(plan.sparse, plan.reason)
-            self.ran(call)
+            self.watch.ran(call, has_attention=True)
             return plan
 
-    def ran(self, call: ModelCall | None = None) -> None:
-        """A compiled graph runs, in ``call`` or the one that is under way."""
-        call = call or current_call(self)
-        if call is not None:
-            call.graphs += 1
+    def ran_dense(self, program: Program, args: Sequence[Any]) -> None:
+        """A graph runs that has no sparse form: a video of such calls alone is to be told of."""
+        call = current_call(self)
+        with self._lock:
+            if call is not None and program.sites:
+                self._locate(program, args, None, call)
+            self.watch.ran(call, has_attention=bool(program.sites))
 
     def _decide(
         self, program: Program, layer: Layer, located: tuple[Request, Standing] | None, call: ModelCall | None
@@ -172,7 +177,7 @@ class Session:
 
     # --------------------------------------------------------------------------------------------- where a call stands
     def _locate(
-        self, program: Program, args: Sequence[Any], layer: Layer, call: ModelCall | None
+        self, program: Program, args: Sequence[Any], layer: Layer | None, call: ModelCall | None
     ) -> tuple[Request, Standing] | None:
         """The request of this call and where it stands; looked for once in a call of the whole model."""
         if call is not None and call.located:

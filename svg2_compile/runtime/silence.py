@@ -36,6 +36,8 @@ class SilenceWatch:
         self._once = once
         self._quiet = 0
         self.notes: list[str] = []
+        # Since the last schedule was over: calls of the whole model, and compiled graphs that have attentions.
+        self._calls = self._with_attention = 0
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -46,16 +48,40 @@ class SilenceWatch:
         finally:
             self._quiet -= 1
 
+    def ran(self, call: ModelCall | None, has_attention: bool) -> None:
+        """A compiled graph runs, in ``call`` if that is known."""
+        self._with_attention += has_attention
+        if call is not None:
+            call.graphs += 1
+            call.graphs_with_attention += has_attention
+
     def video_over(self, request: Request, programs: Iterable[Any]) -> None:
         """A video came to its end."""
         if request.sparse_calls == 0 and request.step > 0:
             self._say_dense_video(request.dense_reasons, programs)
 
+    def schedule_over(self) -> None:
+        """The scheduler of the target has made all its steps."""
+        if not self._calls and not self._with_attention:
+            self._say(
+                "never called",
+                "the scheduler has made all its steps, but the model was never called. A pipeline that calls the "
+                "blocks of its model itself needs enable(pipe, regional=True); one that was given another model needs "
+                "to be enabled anew.",
+            )
+        elif not self._with_attention:
+            self._say_no_attention_ran("the model")
+        self._calls = self._with_attention = 0
+
     def after_call(self, call: ModelCall, programs: Iterable[Any]) -> None:
         """A call of the whole model has returned."""
+        self._calls += 1
         # A cache may answer a call in the stead of the model.
-        if not call.graphs and not getattr(call.module, "is_cache_enabled", False):
-            self._say_no_graph_ran(call)
+        if not getattr(call.module, "is_cache_enabled", False):
+            if not call.graphs:
+                self._say_no_graph_ran(call)
+            elif not call.graphs_with_attention:
+                self._say_no_attention_ran(type(call.module).__name__)
         standing, request = call.standing, call.request
         if standing is not None and standing.is_last and standing.step > 0 and request.sparse_calls == 0:
             self._say_dense_video(request.dense_reasons, programs)
@@ -66,6 +92,14 @@ class SilenceWatch:
             f"{type(call.module).__name__} runs eagerly and dense: Dynamo handed over no graph of it, or runs none. "
             "After too many recompilations it gives a function up for good (torch._dynamo.reset() starts over); "
             "TORCH_LOGS=recompiles,graph_breaks says why.",
+        )
+
+    def _say_no_attention_ran(self, model: str) -> None:
+        self._say(
+            "no attention",
+            f"no attention of {model} ran in a compiled graph: all stay dense. A hook that Dynamo may not look into "
+            "(MagCache, group offloading by leaves, sequential offloading) keeps them from the compiler; "
+            "svg2_compile.explain(...) shows the graph breaks.",
         )
 
     def _say_dense_video(self, reasons: Counter[str], programs: Iterable[Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from svg2_compile.runtime.layers import Layer, LayerTable, ParameterPaths
+from svg2_compile.runtime.layers import Layer, Layers, LayerTable, ParameterPaths
 from svg2_compile.runtime.model_call import ModelCall, Part
 
 
@@ -16,6 +16,23 @@ class Model(nn.Module):
     def __init__(self, num_blocks: int = 3) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(num_blocks))
+
+
+class Gone:
+    """What a session does when the weights of a layer are gone."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+
+    def forget(self, layer: Layer) -> None:
+        self.layers.append(layer)
+
+
+GONE = Gone()
+
+
+def _table(gone: Gone = GONE) -> LayerTable:
+    return LayerTable(Layers(gone.forget))
 
 
 def _args(block: nn.Module) -> list[Any]:
@@ -32,7 +49,7 @@ def _find_all(table: LayerTable, model: Model, order: Any = None, label: str = "
 
 
 def test_weights_tell_layers_apart_whatever_their_order() -> None:
-    table, model = LayerTable(), Model()
+    table, model = _table(), Model()
     first = _find_all(table, model)
     assert len(set(first)) == 3
     assert [layer.label for layer in first] == ["blocks.0", "blocks.1", "blocks.2"]
@@ -42,7 +59,7 @@ def test_weights_tell_layers_apart_whatever_their_order() -> None:
 
 
 def test_two_models_are_two_sets_of_layers() -> None:
-    table, one, other = LayerTable(), Model(), Model()
+    table, one, other = _table(), Model(), Model()
     mine, theirs = _find_all(table, one, label="transformer"), _find_all(table, other, label="transformer_2")
     assert len({*mine, *theirs}) == 6
     assert (mine[1].label, theirs[1].label) == ("transformer.blocks.1", "transformer_2.blocks.1")
@@ -50,7 +67,7 @@ def test_two_models_are_two_sets_of_layers() -> None:
 
 def test_replaced_parameters_are_the_same_layers() -> None:
     """Sequential offloading makes new Parameter objects for every call."""
-    table, model = LayerTable(), Model()
+    table, model = _table(), Model()
     first = _find_all(table, model)
     for part in model.modules():
         for name, parameter in list(part._parameters.items()):
@@ -60,14 +77,14 @@ def test_replaced_parameters_are_the_same_layers() -> None:
 
 
 def test_tied_layers_are_told_apart_by_their_order_in_a_call() -> None:
-    table, model = LayerTable(), Model(2)
+    table, model = _table(), Model(2)
     first = _find_all(table, model, [0, 0, 1, 0])
     assert len(set(first)) == 4
     assert _find_all(table, model, [0, 0, 1, 0]) == first
 
 
 def test_layers_without_weights_go_by_their_order_in_a_call() -> None:
-    table, model = LayerTable(), Model()
+    table, model = _table(), Model()
     x = torch.zeros(1, 2)
 
     def call() -> list[Layer]:
@@ -79,7 +96,7 @@ def test_layers_without_weights_go_by_their_order_in_a_call() -> None:
 
 
 def test_parts_go_by_their_module_also_where_it_is_used_twice() -> None:
-    table, model = LayerTable(), Model()
+    table, model = _table(), Model()
     parts = [Part(None, block, f"blocks.{i}") for i, block in enumerate(model.blocks)]
 
     def call(order: list[int]) -> list[Layer]:
@@ -92,32 +109,49 @@ def test_parts_go_by_their_module_also_where_it_is_used_twice() -> None:
 
 
 def test_without_a_known_model_weights_are_known_by_identity() -> None:
-    table, model = LayerTable(), Model()
+    table, model = _table(), Model()
     first = [table.find(_args(block), None, None, None) for block in model.blocks]
     assert len(set(first)) == 3
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # offloading moves the data under them
     assert [table.find(_args(block), None, None, None) for block in model.blocks] == first
-    assert table.parameter_ids() <= {id(parameter) for parameter in model.parameters()}
+
+
+def test_a_graph_that_is_compiled_again_serves_the_same_layers() -> None:
+    """For another size, whose inputs may come in another order; another piece of the model is another layer."""
+    layers, model = Layers(GONE.forget), Model()
+    call = ModelCall(None, model, "", list)
+    paths = ParameterPaths(model)
+    block = model.blocks[1]
+    first = LayerTable(layers, ("attn1",)).find(_args(block), None, call, paths)
+    again = ModelCall(None, model, "", list)
+    assert LayerTable(layers, ("attn1",)).find(_args(block)[::-1], None, again, paths) is first
+    assert LayerTable(layers, ("attn2",)).find(_args(block), None, again, paths) is not first
+    alone = [LayerTable(layers).find(args, None, None, None) for args in (_args(block), _args(block)[::-1])]
+    assert alone[0] is alone[1]
+    assert layers.parameter_ids() == {id(parameter) for parameter in block.parameters()}
 
 
 def test_layers_die_with_their_weights_or_their_model() -> None:
-    gone: list[Layer] = []
-    table = LayerTable(gone.append)
+    gone = Gone()
+    layers = Layers(gone.forget)
+    table = LayerTable(layers)
     blocks = Model(), Model()
     first = table.find(_args(blocks[0].blocks[0]), None, None, None)
     second = _find_all(table, blocks[1])
-    assert gone == []
+    assert gone.layers == []
     del blocks
     gc.collect()
-    assert set(gone) == {first, *second}
-    assert table.labels() == [] and table.parameter_ids() == set()
+    assert len(gone.layers) == 4
+    del first, second, gone.layers[:]
+    assert table.labels() == [] and layers.parameter_ids() == set()
 
 
 def test_parameters_that_appear_later_are_found() -> None:
     model = Model()
     paths = ParameterPaths(model)
-    assert paths.of(model.blocks[1][0].weight) == "blocks.1.0.weight"
+    name, parameter = list(model.named_parameters())[4]
+    assert paths.of(parameter) == name == "blocks.1.0.weight"
     model.adapter = nn.Linear(2, 2)
     assert paths.of(model.adapter.bias) == "adapter.bias"
     assert paths.of(nn.Parameter(torch.zeros(1))) is None

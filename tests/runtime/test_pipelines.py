@@ -163,6 +163,7 @@ def test_diffusion_forcing_moves_by_its_own_timesteps() -> None:
 
     class Pipeline:
         _num_timesteps = 4
+        _current_timestep: Any = None
 
     pipeline = Pipeline()
     told = []
@@ -188,7 +189,12 @@ def test_a_scheduler_left_at_its_end_tells_nothing() -> None:
 def test_the_innermost_pipeline_is_found() -> None:
     found = []
     inner = Loop(SCHEDULERS["ddim"](), lambda scheduler, pipeline: found.append(pipeline))
-    outer = Loop(SCHEDULERS["ddim"](), lambda scheduler, pipeline: (found.append(pipeline), inner(1, branches=1)))
+
+    def call_the_inner(scheduler: Any, pipeline: Any) -> None:
+        found.append(pipeline)
+        inner(1, branches=1)
+
+    outer = Loop(SCHEDULERS["ddim"](), call_the_inner)
     assert running_pipeline() is None
     outer(1, branches=1)
     assert found == [outer, inner]

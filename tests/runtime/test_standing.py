@@ -90,7 +90,7 @@ def test_coroutines_do_not_hear_each_other() -> None:
         return heard
 
     async def both() -> list[list[Said]]:
-        return await asyncio.gather(loop("a"), loop("b"))
+        return list(await asyncio.gather(loop("a"), loop("b")))
 
     for name, heard in zip("ab", asyncio.run(both()), strict=True):
         assert heard == [Said(name, step) for step in range(3)]
