@@ -78,7 +78,8 @@ class Request:
                 # The scheduler looks its first timestep up, and has made one step since then.
                 self._begin = max(view.index - self.step - 1, 0) if self._began_uncounted else 0
             return view.index - self._begin
-        if view.counted is not None:
+        # Diffusion forcing steps copies of the scheduler, one for each frame: then only the loop moves on.
+        if view.counted:
             return view.counted
         if view.current is not None and self._current is not None and not self._current(view.current):
             return self.step + 1

@@ -78,10 +78,10 @@ class StepCount:
     """Counts the steps of the scheduler that a target has now; follows when the target gets another one.
 
     Args:
-        over: called when all steps of a schedule were made.
+        over: called with the scheduler when all steps of its schedule were made.
     """
 
-    def __init__(self, over: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, over: Callable[[Any], None] = lambda scheduler: None) -> None:
         self._over = over
         self._hook: SchedulerHook | None = None
         self._hooked: Same | None = None
@@ -95,7 +95,7 @@ class StepCount:
         """
         if self._hooked is None or not self._hooked(scheduler):
             self.stop()
-            self._hook = SchedulerHook(scheduler, self._begin, lambda: self._step(scheduler.timesteps))
+            self._hook = SchedulerHook(scheduler, self._begin, lambda: self._step(scheduler))
             self._hooked = Same(scheduler)
             self._steps = 0
 
@@ -112,7 +112,7 @@ class StepCount:
     def _begin(self) -> None:
         self._steps = 0
 
-    def _step(self, timesteps: Any) -> None:
+    def _step(self, scheduler: Any) -> None:
         self._steps += 1
-        if self._steps == len(timesteps):
-            self._over()
+        if self._steps == len(scheduler.timesteps):
+            self._over(scheduler)

@@ -92,7 +92,7 @@ class Session:
         self.programs: weakref.WeakSet[Program] = weakref.WeakSet()
         self.once = Once(log)
         self.watch = SilenceWatch(self.once)
-        self.step_count = StepCount(self.watch.schedule_over)
+        self.step_count = StepCount(self._schedule_over)
         self.requests = Requests(self._over)
         self.layers = Layers(self._forget)
         # Made by the plain backend, which knows models by their weights only.
@@ -246,6 +246,14 @@ class Session:
             config.dense_steps,
         )
         return CallPlan(layer, None, None, False, "no_timestep")
+
+    def _schedule_over(self, scheduler: Any) -> None:
+        """The scheduler of the target has made all its steps: branches that the last step left out are over too."""
+        with self._lock:
+            self.watch.schedule_over()
+            for request in self.requests.open():
+                if request.owner is not None and request.owner() is scheduler:
+                    self.store.drop_video(request.video)
 
     def _over(self, request: Request) -> None:
         self.store.drop_video(request.video)

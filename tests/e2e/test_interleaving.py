@@ -228,7 +228,7 @@ class Interleaving(RuleBasedStateMachine):
 
 EXAMPLES = settings(
     max_examples=125,
-    stateful_step_count=25,
+    stateful_step_count=14,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
