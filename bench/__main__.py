@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 QUALITY = ("quality.attention", "quality.video", "quality.speed", "e2e_quality")
-BENCHMARKS = ("cpu_attention", "compile_time", "export", *QUALITY)
+BENCHMARKS = ("cpu_attention", "compile_time", "host_cost", "export", *QUALITY)
 
 
 def main() -> int:

@@ -148,12 +148,13 @@ def run_as_model(module: nn.Module, label: str, enabled: Enabled, run: Callable[
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     # The module is held weakly: what it is called through must not keep it alive.
     reference = weakref.ref(module)
+    memo: dict[str, Any] = {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
         alive = reference()
         assert alive is not None  # it is being called
         model_call = ModelCall(
-            session, alive, label, lambda: named_timesteps({**dict(zip(names, args, strict=False)), **kwargs})
+            session, alive, label, lambda: named_timesteps({**dict(zip(names, args, strict=False)), **kwargs}), memo
         )
         with running_model(model_call):
             result = run(*args, **kwargs)

@@ -29,9 +29,17 @@ class ModelCall:
         standing: where the call stands, found at the first need. located: whether it was looked for.
         request: the Request of that. occurrences: how often each layer was called. graphs: how many compiled graphs
             ran; graphs_with_attention: how many of them have one.
+        memo: what is remembered from call to call of this model, for as long as it is enabled.
     """
 
-    def __init__(self, owner: Any, module: torch.nn.Module, label: str, timesteps: Callable[[], list[Any]]) -> None:
+    def __init__(
+        self,
+        owner: Any,
+        module: torch.nn.Module,
+        label: str,
+        timesteps: Callable[[], list[Any]],
+        memo: dict[str, Any] | None = None,
+    ) -> None:
         self.owner = owner
         self.module = module
         self.label = label
@@ -40,6 +48,7 @@ class ModelCall:
         self.request: Any = None
         self.located = False
         self.occurrences: Counter[Any] = Counter()
+        self.memo = {} if memo is None else memo
         self.graphs = 0
         self.graphs_with_attention = 0
 

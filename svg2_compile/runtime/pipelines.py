@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
+import torch
+
 __all__ = ["Same", "SchedulerView", "running_pipeline", "view_of"]
 
 # A pipeline is `self` of its __call__, or `components` of a block of a modular one.
@@ -33,8 +35,10 @@ def running_pipeline() -> Any:
             if owner is None:
                 owner = _owner_in[code] = next((name for name in _OWNERS[::-1] if name in code.co_varnames), "")
             pipeline = frame.f_locals.get(owner) if owner else None
-            if pipeline is not None and _is_scheduler(getattr(pipeline, "scheduler", None)):
-                return pipeline
+            # A module is none, and takes long to say that it has no such attribute.
+            if pipeline is not None and not isinstance(pipeline, torch.nn.Module):
+                if _is_scheduler(getattr(pipeline, "scheduler", None)):
+                    return pipeline
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

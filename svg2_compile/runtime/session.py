@@ -99,7 +99,6 @@ class Session:
         self.of_backend = False
         self._scheduler = scheduler
         self._expected_layers = expected_layers
-        self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._dense_layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._dense_layers_alone = DenseLayers(config.dense_layers)
         self._lock = threading.RLock()
@@ -164,10 +163,13 @@ class Session:
         call = call or current_call(self)
         if call is None:
             return self._dense_layers_alone
-        decision: DenseLayers | None = self._dense_layers.get(call.module)
+        decision: DenseLayers | None = call.memo.get("dense_layers")
         if decision is None:
-            expected = self._expected_layers(call.module)
-            decision = self._dense_layers[call.module] = DenseLayers(self.config.dense_layers, expected)
+            decision = self._dense_layers.get(call.module)
+            if decision is None:
+                expected = self._expected_layers(call.module)
+                decision = self._dense_layers[call.module] = DenseLayers(self.config.dense_layers, expected)
+            call.memo["dense_layers"] = decision
         return decision
 
     def dense_layer_names(self) -> list[str]:
@@ -222,9 +224,9 @@ class Session:
     def _paths_of(self, call: ModelCall | None) -> ParameterPaths | None:
         if call is None:
             return None
-        paths: ParameterPaths | None = self._paths.get(call.module)
+        paths: ParameterPaths | None = call.memo.get("paths")
         if paths is None:
-            paths = self._paths[call.module] = ParameterPaths(call.module)
+            paths = call.memo["paths"] = ParameterPaths(call.module)
         return paths
 
     def _plan_without_time(self, program: Program, layer: Layer) -> CallPlan:

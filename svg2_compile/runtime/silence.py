@@ -77,10 +77,10 @@ class SilenceWatch:
         """A call of the whole model has returned."""
         self._calls += 1
         # A cache may answer a call in the stead of the model.
-        if not getattr(call.module, "is_cache_enabled", False):
+        if not call.graphs_with_attention and not getattr(call.module, "is_cache_enabled", False):
             if not call.graphs:
                 self._say_no_graph_ran(call)
-            elif not call.graphs_with_attention:
+            else:
                 self._say_no_attention_ran(type(call.module).__name__)
         standing, request = call.standing, call.request
         if standing is not None and standing.is_last and standing.step > 0 and request.sparse_calls == 0:

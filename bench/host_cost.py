@@ -1,0 +1,187 @@
+"""What it costs on the host to know where a call stands: per compiled graph, and what is read from the device for it.
+
+    python -m bench.host_cost            JSON in bench/results/host_cost.json
+    python -m bench.host_cost --quick    fewer videos, nothing written
+
+A small Wan (three layers) in diffusers' WanPipeline. Checked first: every call stands at the step that the loop is at.
+Timed is all that an enabled model does for a call besides running graphs: finding the layer, the request, the step and the
+branch (once for a call of the model), the choice of the graph (once for each graph), and what follows a call. The floor
+is a Python call that does nothing. The alternative that can be had without any of this is to read the timestep from the
+inputs: "timestep" below, which synchronises with the device at every call of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import svg2_compile
+from bench.common import Timing, write_results
+from svg2_compile.runtime.session import Session
+
+STEPS, BRANCHES, LAYERS = 10, 2, 3
+OPTIONS: dict[str, Any] = {
+    **{"min_tokens": 0, "dense_steps": 1, "dense_layers": 0, "inner_backend": "eager"},
+    **{"num_q_clusters": 4, "num_k_clusters": 8, "init_iters": 2},
+}
+LIMIT_US = 50.0
+
+
+def pipeline() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.WanTransformer3DModel(
+        **{"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4},
+        **{"out_channels": 4, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": LAYERS},
+        rope_max_seq_len=32,
+    ).eval()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PROMPTS = {"prompt_embeds": torch.randn(1, 12, 16), "negative_prompt_embeds": torch.randn(1, 12, 16)}
+
+
+def by_pipeline(pipe: Any) -> None:
+    pipe(**PROMPTS, height=128, width=128, num_frames=5, num_inference_steps=STEPS, output_type="latent")
+
+
+def by_context(pipe: Any) -> None:
+    _loop(pipe, lambda step, branch: svg2_compile.denoising(step=step, num_steps=STEPS, branch=branch))
+
+
+def by_timestep(pipe: Any) -> None:
+    _loop(pipe, lambda step, branch: svg2_compile.denoising())
+
+
+def _loop(pipe: Any, said: Callable[[int, str], Any]) -> None:
+    latents = torch.randn(1, 4, 2, 16, 16)
+    for step in range(STEPS):
+        for branch, prompt in zip(("cond", "uncond"), PROMPTS.values(), strict=True):
+            with torch.no_grad(), said(step, branch):
+                pipe.transformer(latents, torch.tensor([999 - 100 * step]), prompt, return_dict=False)
+
+
+WAYS: dict[str, Callable[[Any], None]] = {"scheduler": by_pipeline, "context": by_context, "timestep": by_timestep}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts tensors whose value is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watched(around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While inside, the session's methods at a call go through ``around(name, method)``."""
+    with mock.patch.object(Session, "plan", around("plan", Session.plan)):
+        with mock.patch.object(Session, "after_model_call", around("after", Session.after_model_call)):
+            yield
+
+
+def seconds_by_method(run: Callable[[], None]) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {"plan": [], "after": []}
+
+    def around(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            begin = time.perf_counter()
+            result = method(*args)
+            seconds[name].append(time.perf_counter() - begin)
+            return result
+
+        return timed
+
+    with watched(around):
+        run()
+    return seconds
+
+
+def reads_of(run: Callable[[], None]) -> int:
+    """How many values were read from tensors to plan the calls of ``run``."""
+    reads = HostReads()
+
+    def around(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            with reads:
+                return method(*args)
+
+        return counted
+
+    with watched(around):
+        run()
+    return reads.count
+
+
+def measure_way(way: str, regional: bool, videos: int) -> dict[str, Any]:
+    pipe = pipeline()
+    # Only a module is enabled where no scheduler is to tell.
+    target = pipe if way == "scheduler" else pipe.transformer
+    with svg2_compile.enable(target, regional=regional, **OPTIONS) as enabled:
+        WAYS[way](pipe)
+        runs = enabled.report().runs
+        assert {run.source for run in runs} == {way}, {run.source for run in runs}
+        calls = sorted((run.step, run.branch) for run in runs if "blocks.0" in run.site)
+        assert [step for step, _ in calls] == [step for step in range(STEPS) for _ in range(BRANCHES)], calls
+        reads = reads_of(lambda: WAYS[way](pipe))
+        seconds: dict[str, list[float]] = {"plan": [], "after": []}
+        for _ in range(videos):
+            for name, values in seconds_by_method(lambda: WAYS[way](pipe)).items():
+                seconds[name] += values
+    return {
+        "told_by": way,
+        "compiled": "each block" if regional else "whole model",
+        "plan_us": _microseconds(seconds["plan"]),
+        "after_model_call_us": _microseconds(seconds["after"]),
+        "values_read_per_model_call": reads / (STEPS * BRANCHES),
+    }
+
+
+def _microseconds(seconds: list[float]) -> dict[str, float]:
+    timing = Timing.of_seconds(seconds)
+    ordered = sorted(seconds)
+    return {
+        "median": round(1e3 * timing.median_ms, 1),
+        "fastest": round(1e6 * ordered[0], 1),
+        "p90": round(1e6 * ordered[int(0.9 * len(ordered))], 1),
+        "calls": len(seconds),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--quick", action="store_true", help="fewer videos, nothing written")
+    arguments = parser.parse_args()
+    videos = 2 if arguments.quick else 20
+    rows = [measure_way(way, regional, videos) for way in WAYS for regional in (False, True)]
+    for row in rows:
+        print(
+            f"{row['told_by']:10} {row['compiled']:12} plan {row['plan_us']['median']:6.1f} us (p90 "
+            f"{row['plan_us']['p90']:6.1f}), after {row['after_model_call_us']['median']:5.1f} us, "
+            f"{row['values_read_per_model_call']:.2f} values read per call"
+        )
+        if row["told_by"] != "timestep":
+            assert row["values_read_per_model_call"] == 0, row
+            row["within_limit"] = row["plan_us"]["median"] < LIMIT_US
+    if not arguments.quick:
+        write_results("host_cost", rows, limit_us=LIMIT_US)
+
+
+if __name__ == "__main__":
+    main()
