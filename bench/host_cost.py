@@ -4,10 +4,10 @@
     python -m bench.host_cost --quick    fewer videos, nothing written
 
 A small Wan (three layers) in diffusers' WanPipeline. Checked first: every call stands at the step that the loop is at.
-Timed is all that an enabled model does for a call besides running graphs: finding the layer, the request, the step and the
-branch (once for a call of the model), the choice of the graph (once for each graph), and what follows a call. The floor
-is a Python call that does nothing. The alternative that can be had without any of this is to read the timestep from the
-inputs: "timestep" below, which synchronises with the device at every call of the model.
+Timed is all that an enabled model does for a call besides running graphs: finding the layer and the choice of the graph
+(once for each graph), the request, the step and the branch (once for a call of the model), and what follows a call. The
+alternative without any of this is to read the timestep from the inputs: "timestep" below, which synchronises with the
+device at every call of the model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ from svg2_compile.runtime.session import Session
 
 STEPS, BRANCHES, LAYERS = 10, 2, 3
 OPTIONS: dict[str, Any] = {
-    **{"min_tokens": 0, "dense_steps": 1, "dense_layers": 0, "inner_backend": "eager"},
-    **{"num_q_clusters": 4, "num_k_clusters": 8, "init_iters": 2},
+    "min_tokens": 0,
+    "dense_steps": 1,
+    "dense_layers": 0,
+    "inner_backend": "eager",
+    "num_q_clusters": 4,
+    "num_k_clusters": 8,
+    "init_iters": 2,
 }
 LIMIT_US = 50.0
 
@@ -91,9 +96,12 @@ class HostReads(TorchDispatchMode):
 @contextmanager
 def watched(around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """While inside, the session's methods at a call go through ``around(name, method)``."""
-    with mock.patch.object(Session, "plan", around("plan", Session.plan)):
-        with mock.patch.object(Session, "after_model_call", around("after", Session.after_model_call)):
-            yield
+    after = around("after", Session.after_model_call)
+    with (
+        mock.patch.object(Session, "plan", around("plan", Session.plan)),
+        mock.patch.object(Session, "after_model_call", after),
+    ):
+        yield
 
 
 def seconds_by_method(run: Callable[[], None]) -> dict[str, list[float]]:

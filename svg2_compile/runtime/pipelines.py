@@ -36,9 +36,9 @@ def running_pipeline() -> Any:
                 owner = _owner_in[code] = next((name for name in _OWNERS[::-1] if name in code.co_varnames), "")
             pipeline = frame.f_locals.get(owner) if owner else None
             # A module is none, and takes long to say that it has no such attribute.
-            if pipeline is not None and not isinstance(pipeline, torch.nn.Module):
-                if _is_scheduler(getattr(pipeline, "scheduler", None)):
-                    return pipeline
+            is_module = isinstance(pipeline, torch.nn.Module)
+            if pipeline is not None and not is_module and _is_scheduler(getattr(pipeline, "scheduler", None)):
+                return pipeline
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
