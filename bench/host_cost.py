@@ -173,7 +173,7 @@ def _microseconds(seconds: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer videos, nothing written")
     arguments = parser.parse_args()
     videos = 2 if arguments.quick else 20
