@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import svg2_compile
 from tests.e2e.pipelines import build
+from tests.support import SELECTION
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -44,3 +47,19 @@ def test_the_pipeline_example(capsys):
     exec(EXAMPLES[1].replace("regional=True", 'regional=True, inner_backend="eager"'), {"pipe": Pipe()})
     assert "attn1" in capsys.readouterr().out
     assert small.pipe.transformer.blocks[0]._compiled_call_impl is None
+
+
+def test_the_example_of_calls_that_say_where_they_stand():
+    (example,) = [text for text in EXAMPLES if "denoising(" in text]
+    small = build("wan")
+    names = {
+        "svg2_compile": svg2_compile,
+        "model": small.pipe.transformer,
+        "video": torch.randn(1, 4, 2, 16, 16),
+        "timestep": torch.tensor([500]),
+        "text": small.arguments["prompt_embeds"],
+    }
+    with torch.no_grad(), svg2_compile.enable(small.pipe.transformer, **SELECTION) as enabled:
+        exec(example, names)
+        runs = enabled.report().runs
+    assert {(run.request, run.step, run.branch, run.source) for run in runs} == {("a", 7, "('cond', 0)", "context")}
