@@ -26,7 +26,8 @@ from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_p
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
 from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import node_value
-from svg2_compile.passes.layout.axes import Factor, same_length, size_expr
+from svg2_compile.passes.layout.axes import Factor
+from svg2_compile.passes.layout.lengths import same_length, size_expr
 from svg2_compile.passes.sites import Site, SitePolicy, Skip, StaysDense, dense_layer_count, dense_layer_detail
 from svg2_compile.passes.token_layout import TokenLayouts
 from svg2_compile.passes.worth import cluster_counts, with_expected_gain

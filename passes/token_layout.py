@@ -50,15 +50,18 @@ class TokenLayouts:
         return None if factor is None or any(MIXED in segment.sources for segment in factor) else factor
 
 
-def analyse_token_layout(gm: fx.GraphModule, parameters: Collection[str] | None = None) -> TokenLayouts:
+def analyse_token_layout(
+    gm: fx.GraphModule, parameters: Collection[str] | None = None, concrete: bool = False
+) -> TokenLayouts:
     """Finds where the positions of every axis come from.
 
     `gm`: a graph with fake-tensor metadata (`example_value` of Dynamo, `val` of torch.export). `parameters`: names of
     the placeholders that are parameters, buffers or constants; by default they are recognised by their metadata, in
     graphs of torch.export by the prefixes that it gives (`p_`, `b_`, `c_`): pass them from the graph signature where
-    there is one. Raises ValueError where a placeholder has no metadata.
+    there is one. `concrete`: at the sizes that were traced, which holds for no other (see specialise.py). Raises
+    ValueError where a placeholder has no metadata.
     """
-    found = interpret(gm, parameters)
+    found = interpret(gm, parameters, concrete)
     latent = find_latent(gm, found)
     settled: dict[Axis, Axis] = {}
 

@@ -19,6 +19,7 @@ from svg2_compile.passes.decide_sites import decide_sites
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.sites import Site, Skip
 from svg2_compile.passes.sparsify import SparseSite, sparsify
+from svg2_compile.passes.specialise import can_specialise, guard_signs, negative_sizes, specialise, with_numbers
 from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
 from svg2_compile.reporting.records import GraphReport
@@ -36,7 +37,8 @@ class Compilation:
     gm is rewritten in place; hand in a copy. regional: True if the graph is known to be one layer among many, False
     if it is known to be a whole model, None to decide by whether the timestep enters the graph. name: for messages and
     the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata. profile:
-    of the device that speed is estimated for, None for ``device``.
+    of the device that speed is estimated for, None for ``device``. specialised: the decisions hold for the traced sizes
+    only.
     """
 
     gm: fx.GraphModule
@@ -51,6 +53,7 @@ class Compilation:
     calls: list[AttentionCall] = field(default_factory=list)
     unreadable: list[UnreadableAttention] = field(default_factory=list)
     decisions: list[Site | Skip] = field(default_factory=list)
+    specialised: bool = False
     sparse_sites: list[SparseSite] = field(default_factory=list)
     spec: StateSpec | None = None
     pass_seconds: dict[str, float] = field(default_factory=dict)
@@ -109,13 +112,46 @@ def _find_time_inputs(c: Compilation) -> None:
 
 def _decide_sites(c: Compilation) -> None:
     assert c.layouts is not None
-    policy = c.config.site_policy()
-    c.decisions = decide_sites(
-        c.calls, c.unreadable, c.layouts, policy, c.device, regional=bool(c.regional), profile=c.profile
+    c.decisions = _decisions_with(c, c.layouts)
+    if can_specialise(c.gm) and (_is_undecided(c.decisions) or negative_sizes(c.gm)):
+        layouts = analyse_token_layout(c.gm, c.parameters, concrete=True)
+        decisions = with_numbers(_decisions_with(c, layouts), c.gm)
+        if negative_sizes(c.gm) or _count_sites(decisions) > _count_sites(c.decisions):
+            c.layouts, c.decisions, c.specialised = layouts, decisions, True
+    elif negative_sizes(c.gm):
+        c.decisions = [_of_unknown_sign(decision) for decision in c.decisions]
+
+
+def _decisions_with(c: Compilation, layouts: TokenLayouts) -> list[Site | Skip]:
+    policy, regional = c.config.site_policy(), bool(c.regional)
+    return decide_sites(c.calls, c.unreadable, layouts, policy, c.device, regional=regional, profile=c.profile)
+
+
+def _is_undecided(decisions: list[Site | Skip]) -> bool:
+    return any(isinstance(d, Skip) and d.reason in ("unknown_layout", "layout_mismatch") for d in decisions)
+
+
+def _count_sites(decisions: list[Site | Skip]) -> int:
+    return sum(isinstance(decision, Site) for decision in decisions)
+
+
+def _of_unknown_sign(decision: Site | Skip) -> Site | Skip:
+    if isinstance(decision, Skip):
+        return decision
+    return Skip(
+        decision.name, "unknown_layout", "a number that may be negative, and that no guard can check, is a size"
     )
 
 
+def _guard_sizes(c: Compilation) -> None:
+    if c.specialised:
+        specialise(c.gm)
+    elif c.sites:
+        guard_signs(c.gm)
+
+
 def _sparsify(c: Compilation) -> None:
+    _guard_sizes(c)
     c.sparse_sites = sparsify(c.gm, c.sites, c.config.sparsity_policy())
 
 

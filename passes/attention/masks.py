@@ -23,7 +23,7 @@ from svg2_compile.passes.attention.call import AttentionCall
 from svg2_compile.passes.attention.spellings import AND, COPIES, TRANSPOSE
 from svg2_compile.passes.graph.nodes import is_bool, operator_name, shape_of
 from svg2_compile.passes.graph.values import node_value
-from svg2_compile.passes.layout.axes import same_length, size_expr
+from svg2_compile.passes.layout.lengths import same_length, size_expr
 
 __all__ = ["KeyPadding", "MaskSkip", "QueryPadding", "read_key_padding"]
 

@@ -13,13 +13,21 @@ come from several segments in an order that is not known carries the source `MIX
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv
+
+from svg2_compile.passes.layout.lengths import (
+    Undecided,
+    exact_quotient,
+    longer,
+    same_length,
+    shorter,
+    size_expr,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,59 +73,6 @@ UNKNOWN = Axis(None)
 ONE = Axis(())
 
 
-class Undecided(Exception):
-    """Two symbolic lengths cannot be compared without a guard."""
-
-
-def size_expr(size: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
-    """A tensor size as a sympy expression, with floor divisions that leave no remainder carried out."""
-    if isinstance(size, torch.SymInt):
-        return _divided(size.node.expr)
-    return size if isinstance(size, sympy.Expr) else sympy.Integer(size)
-
-
-@lru_cache(maxsize=4096)
-def _divided(expr: sympy.Expr) -> sympy.Expr:
-    def divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-        quotient = exact_quotient(a, b)
-        return FloorDiv(a, b) if quotient is None else quotient
-
-    return expr.replace(FloorDiv, divide) if expr.has(FloorDiv) else expr
-
-
-def same_length(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether two lengths are equal for every value of their symbols (False also where that cannot be shown)."""
-    if a == b:
-        return True
-    if a.is_number and b.is_number:
-        return False
-    return bool(_vanishes(a, b))
-
-
-@lru_cache(maxsize=4096)
-def _vanishes(a: sympy.Expr, b: sympy.Expr) -> bool:
-    return bool(sympy.expand(a - b) == 0)
-
-
-@lru_cache(maxsize=4096)
-def exact_quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
-    """`a / b` where b is known to divide a, else None."""
-    if a.is_Integer and b.is_Integer:
-        return a // b if b != 0 and a % b == 0 else None
-    quotient = sympy.cancel(sympy.expand(a) / sympy.expand(b))
-    return quotient if sympy.fraction(quotient)[1] == 1 else None
-
-
-def not_less(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether `a >= b`. Raises `Undecided` where symbols leave it open."""
-    difference = sympy.expand(a - b)
-    if difference.is_nonnegative:
-        return True
-    if difference.is_negative:
-        return False
-    raise Undecided
-
-
 def factor_length(factor: Factor) -> sympy.Expr:
     """The number of positions of a concatenation."""
     return sympy.Add(*(segment.length for segment in factor))
@@ -159,10 +114,17 @@ def constant(length: int | torch.SymInt | sympy.Expr) -> Axis:
 
 
 def blended_sources(axis: Axis) -> frozenset[str] | None:
-    """The sources of positions taken from anywhere on the axis, `MIXED` where it has a boundary; None if unknown."""
-    if axis.factors is None:
-        return None
-    return axis.sources | {MIXED} if has_boundary(axis) else axis.sources
+    """The sources of positions taken from anywhere on the axis, `MIXED` where they differ; None if unknown."""
+    return None if axis.factors is None else NO_SOURCES.union(*map(blend, axis.factors))
+
+
+def blend(factor: Factor) -> frozenset[str]:
+    """The sources of positions taken from anywhere on a concatenation, `MIXED` where they differ.
+
+    Constants count as nothing: a padded video that is resampled is a video.
+    """
+    different = {segment.sources for segment in factor if segment.sources}
+    return NO_SOURCES.union(*different, {MIXED} if len(different) > 1 else ())
 
 
 def has_boundary(axis: Axis) -> bool:
@@ -245,13 +207,15 @@ def cut(axis: Axis, start: sympy.Expr, length: sympy.Expr) -> Axis:
 
 
 def _cut_factor(factor: Factor, start: sympy.Expr, length: sympy.Expr) -> Factor:
+    stop = start + length
+    boundaries = list(itertools.accumulate((segment.length for segment in factor), initial=sympy.Integer(0)))
+    first = next((i for i, place in enumerate(boundaries) if same_length(place, start)), None)
+    last = next((i for i, place in enumerate(boundaries) if same_length(place, stop)), None)
+    if first is not None and last is not None and first <= last:
+        return factor[first:last]
     result = []
-    begin, stop = sympy.Integer(0), start + length
-    for segment in factor:
-        end = begin + segment.length
-        low = begin if not_less(begin, start) else start
-        high = end if not_less(stop, end) else stop
-        if not_less(high, low):
+    for segment, (begin, end) in zip(factor, itertools.pairwise(boundaries), strict=True):
+        low, high = longer(begin, start), shorter(end, stop)
+        if longer(high, low) == high:
             result.append(Segment(segment.sources, sympy.expand(high - low)))
-        begin = end
     return tuple(result)

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis, same_length, size_expr
+from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis
+from svg2_compile.passes.layout.lengths import same_length, size_expr
 from svg2_compile.passes.layout.op_call import (
     OpCall,
     arguments_with_defaults,

@@ -16,19 +16,8 @@ from dataclasses import dataclass
 
 import sympy
 
-from svg2_compile.passes.layout.axes import (
-    MIXED,
-    ONE,
-    UNKNOWN,
-    Axes,
-    Axis,
-    Factor,
-    Segment,
-    exact_quotient,
-    factor_length,
-    make_axis,
-    same_length,
-)
+from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis, Factor, Segment, blend, factor_length, make_axis
+from svg2_compile.passes.layout.lengths import exact_quotient, same_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +90,7 @@ def _split(piece: _Piece, outer: sympy.Expr, inner: sympy.Expr) -> tuple[_Piece,
         Segment(segment.sources, length) for segment, length in zip(factor, lengths, strict=True) if length is not None
     )
     # The outer positions keep the boundaries where every segment is a whole number of them; the inner ones mix.
-    mixed = frozenset({MIXED}).union(*(segment.sources for segment in factor))
+    mixed = blend(factor)
     outer_factor = segments if len(segments) == len(factor) else (Segment(mixed, outer),)
     return _Piece(outer_factor, outer), _Piece((Segment(mixed, inner),), inner)
 
