@@ -75,8 +75,8 @@ def with_numbers(decisions: Sequence[Site | Skip], gm: fx.GraphModule) -> list[S
     """The decisions with the sizes that were traced in the place of symbols."""
     shape_env = _shape_env(gm)
     known = {} if shape_env is None else _known(shape_env)
-    names = ("batch", "num_heads", "num_kv_heads", "num_tokens", "video_start", "video_tokens")
-    names += ("num_q_clusters", "num_k_clusters", "context_tokens")
+    names = ["batch", "num_heads", "num_kv_heads", "num_tokens", "video_start", "video_tokens"]
+    names += ["num_q_clusters", "num_k_clusters", "context_tokens"]
 
     def numbered(decision: Site | Skip) -> Site | Skip:
         values = {name: getattr(decision, name, None) for name in names}

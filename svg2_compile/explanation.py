@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from svg2_compile.hosts.dynamo import enabled_dynamo_settings
+from svg2_compile.hosts.dynamo import enabled_dynamo_settings, forgotten_frames
 from svg2_compile.passes.cost_model import DeviceProfile, profile_named
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.values import graph_device
@@ -89,7 +89,7 @@ def _explain_once(
     counters = torch._dynamo.utils.counters
     before, frames_before = dict(counters["graph_break"]), dict(counters["frames"])
     try:
-        with torch.no_grad(), settings:
+        with torch.no_grad(), settings, forgotten_frames():
             torch.compile(module._call_impl, backend=analyse)(*args, **kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         if not result.graphs:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from svg2_compile.backend import Svg2Backend
-from svg2_compile.hosts.dynamo import enabled_dynamo_settings
+from svg2_compile.hosts.compiled_call import CompiledCall
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.session import Session, report_of
 
@@ -79,11 +78,19 @@ def compile_in_place(
     module: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
 ) -> None:
     """Let calls of ``module`` run compiled."""
-    compiled = torch.compile(module._call_impl, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     session = enabled.session
+    compiled = CompiledCall(
+        module,
+        backend,
+        session.once,
+        fullgraph=fullgraph,
+        dynamic=dynamic,
+        read_numbers=bool(backend.regional),
+        forget=session.reset,
+    )
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with session.scope.running(module, label), enabled_dynamo_settings():
+        with session.scope.running(module, label):
             result = compiled(*args, **kwargs)
         if not backend.graphs:
             session.once.warning(
