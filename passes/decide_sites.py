@@ -5,13 +5,14 @@ Needs: the attentions of find_attention, the layouts of token_layout on the same
     attn1 = scaled_dot_product_attention(query, key, value)              ->  Site: tokens 0 to 8192 are the video
     attn2 = scaled_dot_product_attention(query, text_key, text_value)    ->  Skip: "cross_attention"
 
-An attention becomes a Site where its queries and keys are the same tokens, a part of them is video, nothing but key
+An attention becomes a Site where its queries and keys are the same tokens, a part of them is video (in one piece or several), nothing but key
 padding masks it, and it is long enough to gain. Everything else becomes a Skip with a stable reason. In doubt: dense.
 Guarantees: every attention has one decision, in the order of the graph; no guard is added.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -111,7 +112,8 @@ def _decide(
         batch, num_heads, num_kv_heads, head_dim, tokens = _dimensions(call)
         numbers |= {"num_heads": num_heads, "head_dim": head_dim}
         _check_head_dim(call, head_dim, device)
-        video_start, video_tokens = _video_part(call, layouts)
+        parts = _video_parts(call, layouts)
+        video_tokens = plain_size(sympy.Add(*(length for _, length in parts)))
         numbers |= {"video_tokens": video_tokens, "context_tokens": tokens - video_tokens}
         key_padding = _check_call(call)
         num_q_clusters, num_k_clusters = cluster_counts(policy, video_tokens)
@@ -124,7 +126,8 @@ def _decide(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             num_tokens=tokens,
-            video_start=video_start,
+            video_start=parts[0][0] if len(parts) == 1 else 0,
+            video_parts=parts,
             video_tokens=video_tokens,
             key_padding=key_padding,
             num_q_clusters=num_q_clusters,
@@ -150,27 +153,29 @@ def _dimensions(call: AttentionCall) -> tuple[Any, Any, Any, int, Any]:
     query, key = node_value(call.query), node_value(call.key)
     if not isinstance(query, torch.Tensor) or not isinstance(key, torch.Tensor):
         raise StaysDense("unreadable", "query or key is no tensor of the graph")
-    rank = 3 if call.axes == "gnd" else 4
+    rank = 3 if call.axes in ("gnd", "nhd") else 4
     if query.dim() != rank or key.dim() != rank:
         raise StaysDense("unreadable", f"query of rank {query.dim()} and key of rank {key.dim()}; readable: {rank}")
     if call.axes == "gnd":
         heads = kv_heads = call.num_heads or 1
         batch: Any = FloorDiv(size_expr(query.shape[0]), heads)
+    elif call.axes == "nhd":
+        batch, heads, kv_heads = call.sequences, query.shape[1], key.shape[1]
     else:
         heads_dim = 1 if call.axes == "bhnd" else 2
         batch, heads, kv_heads = query.shape[0], query.shape[heads_dim], key.shape[heads_dim]
     head_dim = query.shape[-1]
     if not isinstance(head_dim, int):
         raise StaysDense("unreadable", "a symbolic head_dim")
-    sizes = (batch, heads, kv_heads, query.shape[call.token_dim])
+    sizes = (batch, heads, kv_heads, FloorDiv(size_expr(query.shape[call.token_dim]), call.sequences))
     batch, heads, kv_heads, tokens = (plain_size(size_expr(size)) for size in sizes)
     return batch, heads, kv_heads, head_dim, tokens
 
 
-def _video_part(call: AttentionCall, layouts: TokenLayouts) -> tuple[Any, Any]:
-    """Start and length of the video on the token axis that queries and keys share."""
-    query = layouts.segments(call.query, call.token_dim)
-    key = layouts.segments(call.key, call.key_token_dim)
+def _video_parts(call: AttentionCall, layouts: TokenLayouts) -> tuple[tuple[Any, Any], ...]:
+    """Start and length of every piece of the video on the token axis that queries and keys share."""
+    query = layouts.segments(call.query, call.token_dim, call.sequences)
+    key = layouts.segments(call.key, call.key_token_dim, call.sequences)
     if query is None or key is None or not layouts.latent:
         raise StaysDense("unknown_layout", "it could not be shown where the tokens come from")
     query_parts, key_parts = _parts(query, layouts), _parts(key, layouts)
@@ -184,11 +189,9 @@ def _video_part(call: AttentionCall, layouts: TokenLayouts) -> tuple[Any, Any]:
         for mine, other in zip(query_parts, key_parts, strict=True)
     ):
         raise StaysDense("layout_mismatch", "queries and keys are made of different parts")
-    positions = [index for index, (is_video, _) in enumerate(query_parts) if is_video]
-    if len(positions) != 1:
-        raise StaysDense("multiple_video_segments", "the video is not one piece on the token axis")
-    start = sympy.Add(*(length for _, length in query_parts[: positions[0]]))
-    return plain_size(start), plain_size(query_parts[positions[0]][1])
+    starts = itertools.accumulate((length for _, length in query_parts), initial=sympy.Integer(0))
+    pieces = [(start, length) for start, (is_video, length) in zip(starts, query_parts, strict=False) if is_video]
+    return tuple((plain_size(start), plain_size(length)) for start, length in pieces)
 
 
 def _parts(segments: Factor, layouts: TokenLayouts) -> list[tuple[bool, sympy.Expr]]:

@@ -83,6 +83,9 @@ def with_numbers(decisions: Sequence[Site | Skip], gm: fx.GraphModule) -> list[S
         numbers: dict[str, Any] = {
             name: known_number(value, known) for name, value in values.items() if isinstance(value, sympy.Expr)
         }
+        if isinstance(decision, Site):
+            parts = decision.video_parts
+            numbers["video_parts"] = tuple((known_number(a, known), known_number(b, known)) for a, b in parts)
         return replace(decision, **numbers)
 
     return [numbered(decision) for decision in decisions]

@@ -17,12 +17,15 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import sympy
 from torch import fx
 
 from svg2_compile.passes.layout.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Segment, collapse, make_axis
 from svg2_compile.passes.layout.interpreter import interpret
 from svg2_compile.passes.layout.latent import find_latent
+from svg2_compile.passes.layout.lengths import exact_quotient
 from svg2_compile.passes.layout.mode import AttentionAxes
+from svg2_compile.passes.layout.reshape import reshape
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +46,18 @@ class TokenLayouts:
         """The axes of the tensor that `node` yields; None where it yields no tensor."""
         return self.axes.get(node)
 
-    def segments(self, node: fx.Node, dim: int) -> Factor | None:
-        """Axis `dim` of the tensor of `node` as one concatenation; None where that is unknown or not expressible."""
+    def segments(self, node: fx.Node, dim: int, sequences: int = 1) -> Factor | None:
+        """Axis `dim` of the tensor of `node` as one concatenation; None where that is unknown or not expressible.
+
+        `sequences`: the axis holds so many equal sequences one after the other; what is asked for is one of them.
+        """
         axes = self.axes.get(node)
-        factor = None if axes is None else collapse(axes[dim])
+        axis = None if axes is None else axes[dim]
+        if axis is not None and axis.length is not None and sequences > 1:
+            count = sympy.Integer(sequences)
+            each = exact_quotient(axis.length, count)
+            axis = None if each is None else reshape((axis,), [axis.length], [count, each])[1]
+        factor = None if axis is None else collapse(axis)
         return None if factor is None or any(MIXED in segment.sources for segment in factor) else factor
 
 

@@ -14,6 +14,7 @@ from svg2_compile.logs.dumps import dump_graph
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.find import find_attention
+from svg2_compile.passes.canonical import canonical_sites, erase_unused
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
 from svg2_compile.passes.decide_sites import decide_sites
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
@@ -152,7 +153,9 @@ def _guard_sizes(c: Compilation) -> None:
 
 def _sparsify(c: Compilation) -> None:
     _guard_sizes(c)
-    c.sparse_sites = sparsify(c.gm, c.sites, c.config.sparsity_policy())
+    sites = canonical_sites(c.gm, c.sites)
+    c.sparse_sites = sparsify(c.gm, sites, c.config.sparsity_policy())
+    erase_unused(c.gm, sites)
 
 
 def _hoist_centroids(c: Compilation) -> None:

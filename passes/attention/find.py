@@ -7,6 +7,7 @@ Read are, in Dynamo's torch-level graphs and in ATen graphs alike:
     scaled_dot_product_attention(query, key, value, ...)     positional or keyword arguments, [B, H, N, D]
     aten._scaled_dot_product_{flash,efficient,cudnn,...}     PyTorch's fused kernels, several outputs
     aten._{flash,efficient}_attention_forward                the same one level lower, [B, N, H, D]
+    flash-attn, sageattention, xformers, PyTorch's varlen     see foreign.py
     softmax(query @ key^T * scale + mask) @ value            see decomposed.py
 
 Every attention ends as an AttentionCall or as an UnreadableAttention that names the way out.
@@ -24,6 +25,7 @@ from torch import fx
 
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.decomposed import read_decomposed
+from svg2_compile.passes.attention.foreign import read_foreign_attention
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path, operator_name
 from svg2_compile.passes.graph.values import node_value
 
@@ -31,7 +33,10 @@ __all__ = ["find_attention"]
 
 
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_NATIVE = 'select PyTorch\'s own attention, e.g. model.set_attention_backend("native")'
+_NATIVE = (
+    "call torch.nn.functional.scaled_dot_product_attention in its place (most model code does where the library is "
+    'missing; diffusers: model.set_attention_backend("native"))'
+)
 _FOREIGN = ("flash_attn", "sageattn", "sage_attn", "xformers", "memory_efficient_attention", "flex_attention", "natten")
 
 
@@ -40,7 +45,7 @@ def find_attention(gm: fx.GraphModule) -> tuple[list[AttentionCall], list[Unread
     calls: list[AttentionCall] = []
     unreadable: list[UnreadableAttention] = []
     for node in gm.graph.nodes:
-        found = _read_fused(node) or read_decomposed(node)
+        found = read_foreign_attention(node) or _read_fused(node) or read_decomposed(node)
         if isinstance(found, AttentionCall):
             calls.append(found)
         elif isinstance(found, UnreadableAttention):
@@ -102,7 +107,7 @@ def _with_several_outputs(node: fx.Node, axes: str) -> AttentionCall | Unreadabl
     if 0 not in outputs:
         return None
     call = _call(node, outputs[0], bind_arguments(node, ()), operator_name(node).strip("_"))
-    return replace(call, axes=axes)
+    return replace(call, axes=axes, source=node)
 
 
 def _read_packed(node: fx.Node) -> AttentionCall | UnreadableAttention | None:

@@ -158,9 +158,10 @@ class _Evaluation:
             value = node.args[1] if len(node.args) > 1 else node.kwargs["fill_value"]
             return {key: part.expand(shape).clone() for key, part in self._made(value).items()}
         if name == "arange":
-            if any(isinstance(argument, fx.Node) for argument in node.args):
+            limits = [argument for argument in node.args if isinstance(argument, int)]
+            if len(limits) != len(node.args):
                 raise _Unknown
-            return {None: torch.arange(*node.args)}
+            return {None: torch.arange(*limits)}
         return {None: (torch.ones if "ones" in name else torch.zeros)(shape, dtype=torch.int64)}
 
     def _operands(self, node: fx.Node) -> tuple[Linear, Linear]:

@@ -24,6 +24,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from svg2_compile.passes.graph.foreign_attention import ForeignAttention, read_foreign
 from svg2_compile.passes.graph.values import copy_number, fake_mode_of, has_number, is_parameter, node_value
 from svg2_compile.passes.layout.axes import Axes, single
 from svg2_compile.passes.layout.in_place import last_writes
@@ -152,6 +153,9 @@ class _Interpreter:
             return self._autocast(node.target, args)
         if getattr(node.target, "__module__", None) in _FUNCTORCH:
             return self._from_metadata(node, name)  # entering a vmap for real would leave it entered on an error
+        foreign = read_foreign(node)
+        if foreign is not None:
+            return self._foreign_attention(node, foreign)
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._call_subgraph(node, name, args, owner)
         return self._compute(node, args, kwargs)
@@ -192,6 +196,15 @@ class _Interpreter:
         self._mode.note_attention(query[-2], key[-2], [])
         axes = {4: (*query[:-1], value[-1]), 3: query[:-1]}  # the output, and its statistics
         return self._as_in_metadata(node, node_value(node), lambda v: axes.get(v.dim(), unknown_axes(v)))
+
+    def _foreign_attention(self, node: fx.Node, call: ForeignAttention) -> Any:
+        """Another library's operator, which need not run on fake tensors."""
+        query, key, value = (self._mode.axes_of(self._env[operand]) for operand in (call.query, call.key, call.value))
+        token = {"bhnd": -2, "bnhd": 1, "nhd": 0}[call.layout]
+        self._mode.note_attention(query[token], key[token], [])
+        output = (*query[:-1], value[-1])
+        first = next(leaf for leaf in tree_leaves(node_value(node)) if isinstance(leaf, torch.Tensor))
+        return self._as_in_metadata(node, node_value(node), lambda v: output if v is first else unknown_axes(v))
 
     def _placeholder(self, node: fx.Node) -> Any:
         if "example_value" not in node.meta and "val" not in node.meta:

@@ -46,6 +46,12 @@ def test_context_before_and_after():
     assert places == [(6, 21, 27), (0, 21, 27), (6, 21, 33)]
 
 
+def test_a_video_in_several_pieces():
+    (site,) = _decide_mixed(lambda v, t: (torch.cat([t, v, t, v], 1),) * 2)
+    assert (site.video_start, site.video_tokens, site.num_tokens) == (0, 42, 54)
+    assert site.video_parts == ((6, 21), (33, 21))
+
+
 @pytest.mark.parametrize(
     ("mix", "reason"),
     [
@@ -54,7 +60,6 @@ def test_context_before_and_after():
         (lambda v, t: (t, t), "not_video"),
         (lambda v, t: (v, torch.cat([v, t], 1)), "layout_mismatch"),
         (lambda v, t: (torch.cat([v, t], 1), torch.cat([t, v], 1)), "layout_mismatch"),
-        (lambda v, t: (torch.cat([v, t, v], 1),) * 2, "multiple_video_segments"),
         (lambda v, t: (torch.linalg.qr(v.mT)[0].mT,) * 2, "unknown_layout"),
     ],
 )

@@ -54,7 +54,8 @@ class Made(nn.Module):
 
 def output_of(make: Any, x: Tensor, dynamic: bool) -> tuple[fx.GraphModule, fx.Node]:
     gm, _ = dynamo_graph(Made(make), x, dynamic=dynamic)
-    return gm, gm.graph.output_node().args[0][0]
+    (node,) = gm.graph.output_node().all_input_nodes
+    return gm, node
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
