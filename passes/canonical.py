@@ -14,8 +14,8 @@ After:
     out = cat([attended[first 240], attended[last 24], attended[second 240]])      in the order of before
     out = transpose, flatten                                                       [2 * 504, H, D]
 
-Guarantees: attention does not depend on the order of its tokens, so that nothing else of the graph sees another one; the
-replaced node has the shape, dtype and strides that it had. Sites that sparsify can read are left as they are.
+Guarantees: attention does not depend on the order of its tokens, so that nothing else of the graph sees another one;
+the replaced node has the shape, dtype and strides that it had. Sites that sparsify can read are left as they are.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Run = tuple[Any, Any]
 
 
 def canonical_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[Site]:
-    """Rewrite the attentions of ``gm`` that sparsify cannot read, in place, and return all sites, in the order given."""
+    """Rewrite the attentions of ``gm`` that sparsify cannot read, in place, and return all sites, in their order."""
     sizes = SizeEmitter(gm.graph)
     return [_SiteRewriter(gm.graph, site, sizes).rewrite() if _needs_work(site) else site for site in sites]
 

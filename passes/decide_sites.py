@@ -5,8 +5,9 @@ Needs: the attentions of find_attention, the layouts of token_layout on the same
     attn1 = scaled_dot_product_attention(query, key, value)              ->  Site: tokens 0 to 8192 are the video
     attn2 = scaled_dot_product_attention(query, text_key, text_value)    ->  Skip: "cross_attention"
 
-An attention becomes a Site where its queries and keys are the same tokens, a part of them is video (in one piece or several), nothing but key
-padding masks it, and it is long enough to gain. Everything else becomes a Skip with a stable reason. In doubt: dense.
+An attention becomes a Site where its queries and keys are the same tokens, a part of them is video (in one piece or in
+several), nothing but key padding masks it, and it is long enough to gain. Everything else becomes a Skip with a stable
+reason. In doubt: dense.
 Guarantees: every attention has one decision, in the order of the graph; no guard is added.
 """
 

@@ -35,8 +35,8 @@ class SitePolicy:
 class Site:
     """An attention that becomes sparse. Token and cluster counts are ints, or sympy expressions if symbolic.
 
-    video_parts: start and length of every piece of the video on the token axis. Several are brought together at its start
-    before they are clustered (canonical.py): video_start is 0 then, and video_tokens counts all of them.
+    video_parts: start and length of every piece of the video on the token axis. Several are brought together at its
+    start before they are clustered (canonical.py): video_start is 0 then, and video_tokens counts all of them.
     """
 
     index: int

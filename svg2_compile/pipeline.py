@@ -18,6 +18,7 @@ from svg2_compile.passes.canonical import canonical_sites, erase_unused
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
 from svg2_compile.passes.decide_sites import decide_sites
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
+from svg2_compile.passes.inline_subgraphs import inline_subgraphs
 from svg2_compile.passes.sites import Site, Skip
 from svg2_compile.passes.sparsify import SparseSite, sparsify
 from svg2_compile.passes.specialise import can_specialise, guard_signs, negative_sizes, specialise, with_numbers
@@ -96,6 +97,7 @@ class Pass:
 
 
 def _token_layout(c: Compilation) -> None:
+    inline_subgraphs(c.gm)
     c.layouts = analyse_token_layout(c.gm, c.parameters)
 
 

@@ -7,6 +7,7 @@ The packages need a GPU; a graph that calls them only needs their names. Schemas
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def attend_sequences(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, 
     """[tokens, H, D]; tokens of no sequence yield NaN, as memory that nobody wrote may."""
     out = torch.full_like(query, float("nan"))
     places = starts.tolist()
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in itertools.pairwise(places):
         out[begin:end] = attend(*(tensor[None, begin:end] for tensor in (query, key, value)), scale)[0]
     return out
 

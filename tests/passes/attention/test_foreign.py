@@ -1,4 +1,4 @@
-"""Attention of other libraries: read by names and schemas, rewritten to the same numbers, left alone where it is more."""
+"""Attention of other libraries: read by name and schema, rewritten to the same numbers, left alone where it is more."""
 
 from __future__ import annotations
 
