@@ -26,6 +26,7 @@ from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATION
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_padding
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
+from svg2_compile.passes.graph.nodes import is_projected
 from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.layout.axes import Factor
@@ -179,6 +180,8 @@ def _video_parts(call: AttentionCall, layouts: TokenLayouts) -> tuple[tuple[Any,
     key = layouts.segments(call.key, call.key_token_dim, call.sequences)
     if query is None or key is None or not layouts.latent:
         raise StaysDense("unknown_layout", "it could not be shown where the tokens come from")
+    if _arrive_as_they_are(query, key, call, layouts):
+        return ((0, plain_size(query[0].length)),)
     query_parts, key_parts = _parts(query, layouts), _parts(key, layouts)
     has_video = [any(is_video for is_video, _ in parts) for parts in (query_parts, key_parts)]
     if not any(has_video):
@@ -195,16 +198,47 @@ def _video_parts(call: AttentionCall, layouts: TokenLayouts) -> tuple[tuple[Any,
     return tuple((plain_size(start), plain_size(length)) for start, length in pieces)
 
 
+def _arrive_as_they_are(query: Factor, key: Factor, call: AttentionCall, layouts: TokenLayouts) -> bool:
+    """Whether queries, keys and values are three inputs of the graph of one length.
+
+    A graph break left their projections to another graph. Text that a video attends to is not as long as the video, and
+    tokens that attend to equally many others are clustered as well as those that attend to themselves.
+    """
+    value = layouts.segments(call.value, call.token_dim, call.sequences)
+    tensors = (query, key, value or ())
+    if any(len(segments) != 1 or len(segments[0].sources) != 1 for segments in tensors):
+        return False
+    if any(is_projected(node) for node in (call.query, call.key, call.value)):
+        return False
+    names = {next(iter(segments[0].sources)) for segments in tensors}
+    lengths = [segments[0].length for segments in tensors]
+    return len(names) == 3 and names <= layouts.inputs and all(same_length(n, lengths[0]) for n in lengths)
+
+
 def _parts(segments: Factor, layouts: TokenLayouts) -> list[tuple[bool, sympy.Expr]]:
     """The segments as (is video, length), neighbours of one kind joined."""
     parts: list[tuple[bool, sympy.Expr]] = []
-    for segment in segments:
-        is_video = bool(segment.sources & layouts.latent)
+    for segment, is_video in zip(segments, _are_video(segments, layouts), strict=True):
         if parts and parts[-1][0] == is_video:
             parts[-1] = (is_video, parts[-1][1] + segment.length)
         else:
             parts.append((is_video, segment.length))
     return parts
+
+
+def _are_video(segments: Factor, layouts: TokenLayouts) -> list[bool]:
+    """Which segments are video. A block may be handed video and text as one tensor: what of it has no position is text.
+
+    [tokens, rotary: 480 | tokens: 24]  ->  the first 480
+    """
+    videos = [segment.sources & layouts.latent for segment in segments]
+    positions = [segment.sources - layouts.latent for segment in segments]
+
+    def lacks_position(index: int) -> bool:
+        alike = [positions[i] for i, video in enumerate(videos) if video == videos[index]]
+        return any(positions[index] < other for other in alike)
+
+    return [bool(video) and not lacks_position(index) for index, video in enumerate(videos)]
 
 
 def _check_call(call: AttentionCall) -> KeyPadding | None:

@@ -13,6 +13,7 @@ from svg2_compile.passes.graph.values import node_value
 __all__ = [
     "bind_arguments",
     "is_bool",
+    "is_projected",
     "module_path",
     "operator_name",
     "shape_of",
@@ -55,6 +56,38 @@ def is_bool(node: fx.Node) -> bool:
 def users_of(node: fx.Node) -> set[fx.Node]:
     """The nodes that use the value of a node; torch.export's assertions about its metadata do not count."""
     return {user for user in node.users if operator_name(user) != "_assert_tensor_metadata"}
+
+
+_CONTRACTIONS = frozenset(
+    {
+        "linear",
+        "matmul",
+        "__matmul__",
+        "bmm",
+        "mm",
+        "addmm",
+        "baddbmm",
+        "einsum",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+    }
+)
+
+
+def is_projected(node: fx.Node) -> bool:
+    """Whether some matrix product or convolution lies between the inputs of the graph and a node."""
+    seen, waiting = set[fx.Node](), [node]
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op in ("call_function", "call_method") and operator_name(current) in _CONTRACTIONS:
+            return True
+        waiting.extend(current.all_input_nodes)
+    return False
 
 
 _INDEX = re.compile(r"\[['\"]?(\w+)['\"]?\]")

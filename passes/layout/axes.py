@@ -133,11 +133,15 @@ def has_boundary(axis: Axis) -> bool:
 
 
 def collapse(axis: Axis) -> Factor | None:
-    """The axis read as one concatenation (a product with a boundary inside is one mixed segment); None if unknown."""
+    """The axis as one concatenation; None if unknown. A boundary inside an inner factor makes it one mixed segment."""
     if axis.factors is None:
         return None
     if len(axis.factors) == 1:
         return axis.factors[0]
+    if axis.factors and not any(len(factor) > 1 for factor in axis.factors[1:]):
+        inner = NO_SOURCES.union(*(segment.sources for factor in axis.factors[1:] for segment in factor))
+        length = sympy.Mul(*(factor_length(factor) for factor in axis.factors[1:]))
+        return _join_segments(Segment(s.sources | inner, sympy.expand(s.length * length)) for s in axis.factors[0])
     length = axis.length
     assert length is not None  # the axis is known
     return (Segment(blended_sources(axis) or NO_SOURCES, length),)

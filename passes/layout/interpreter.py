@@ -193,7 +193,7 @@ class _Interpreter:
 
     def _flex_attention(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
         query, key, value = (self._mode.axes_of(tensor) for tensor in args[:3])
-        self._mode.note_attention(query[-2], key[-2], [])
+        self._mode.note_attention(query[-2], key[-2], [value[-2]])
         axes = {4: (*query[:-1], value[-1]), 3: query[:-1]}  # the output, and its statistics
         return self._as_in_metadata(node, node_value(node), lambda v: axes.get(v.dim(), unknown_axes(v)))
 
@@ -201,7 +201,7 @@ class _Interpreter:
         """Another library's operator, which need not run on fake tensors."""
         query, key, value = (self._mode.axes_of(self._env[operand]) for operand in (call.query, call.key, call.value))
         token = {"bhnd": -2, "bnhd": 1, "nhd": 0}[call.layout]
-        self._mode.note_attention(query[token], key[token], [])
+        self._mode.note_attention(query[token], key[token], [value[token]])
         output = (*query[:-1], value[-1])
         first = next(leaf for leaf in tree_leaves(node_value(node)) if isinstance(leaf, torch.Tensor))
         return self._as_in_metadata(node, node_value(node), lambda v: output if v is first else unknown_axes(v))

@@ -4,6 +4,9 @@ A denoiser returns a tensor of its latent's shape, up to the channels. A piece o
 two graph breaks) may return text, audio and intermediate tensors besides, so every output names a candidate with the
 number of its positions, and the longest wins. Where no output tells, the longest segment on any attention's query axis
 does.
+
+Beside it stand other inputs with space and time axes of their own ([B, C, F, H, W]): reference and history frames,
+control videos. Where their positions are tokens, they are tokens of a video.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from svg2_compile.passes.layout.axes import Axes, Axis, Factor, collapse
 from svg2_compile.passes.layout.interpreter import Interpretation
 from svg2_compile.passes.layout.lengths import known_number, same_length
 
+_VIDEO_RANK = 5
 _BATCHED_RANK = 3
 """From this rank on, the first axis is taken for the batch: every input of a model shares it, so it tells nothing."""
 
@@ -44,7 +48,7 @@ class _Candidate:
 
 
 def find_latent(gm: fx.GraphModule, found: Interpretation) -> frozenset[str]:
-    """The name of the video's placeholder; empty where neither outputs nor attentions tell."""
+    """The names of the video's placeholder and of those like it; empty where neither outputs nor attentions tell."""
     best: _Candidate | None = None
     for candidate in _candidates_of_outputs(gm, found):
         if candidate.beats(best):
@@ -54,7 +58,12 @@ def find_latent(gm: fx.GraphModule, found: Interpretation) -> frozenset[str]:
             for candidate in _candidates_of_axis(attention.query, gm, found):
                 if candidate.beats(best):
                     best = candidate
-    return frozenset() if best is None else frozenset({best.name})
+    return frozenset() if best is None else frozenset({best.name}) | _other_videos(gm, found)
+
+
+def _other_videos(gm: fx.GraphModule, found: Interpretation) -> frozenset[str]:
+    placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if node.name in found.inputs]
+    return frozenset(n.name for n in placeholders if len(found.sizes.get(n, ())) >= _VIDEO_RANK and _is_float(n))
 
 
 def _candidates_of_outputs(gm: fx.GraphModule, found: Interpretation) -> Iterator[_Candidate]:
