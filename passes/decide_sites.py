@@ -14,7 +14,7 @@ Guarantees: every attention has one decision, in the order of the graph; no guar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,7 @@ def decide_sites(
     device: torch.device,
     regional: bool = False,
     profile: DeviceProfile | None = None,
+    numbers: Mapping[sympy.Symbol, Any] | None = None,
 ) -> list[Site | Skip]:
     """Decide every attention, in the order of the graph.
 
@@ -58,12 +59,13 @@ def decide_sites(
         device: whose kernels will run.
         regional: the graph is one layer among many: dense_layers is then decided at run time, not here.
         profile: what the cost model is asked about; None is that of ``device``.
+        numbers: of all symbols, if the layouts hold for these sizes alone.
     """
     decisions: list[tuple[Any, Site | Skip]] = [
         (found.node, Skip(found.name, found.reason, found.detail)) for found in unreadable
     ]
     profile = profile or profile_for(device)
-    decisions += [(call.node, _decide(call, layouts, policy, device, profile)) for call in calls]
+    decisions += [(call.node, _decide(call, layouts, policy, device, profile, numbers or {})) for call in calls]
     position = {node: i for i, node in enumerate(next(iter(decisions))[0].graph.nodes)} if decisions else {}
     ordered = [decision for _, decision in sorted(decisions, key=lambda pair: position[pair[0]])]
     if not regional:
@@ -105,13 +107,18 @@ def _skip_site(site: Site, reason: str, detail: str) -> Skip:
 
 
 def _decide(
-    call: AttentionCall, layouts: TokenLayouts, policy: SitePolicy, device: torch.device, profile: DeviceProfile
+    call: AttentionCall,
+    layouts: TokenLayouts,
+    policy: SitePolicy,
+    device: torch.device,
+    profile: DeviceProfile,
+    known: Mapping[sympy.Symbol, Any],
 ) -> Site | Skip:
     numbers: dict[str, Any] = {}
     try:
         if device.type not in (*DEFAULT_IMPLEMENTATION, "meta"):
             raise StaysDense("unsupported_device", f"{device.type}; supported: {', '.join(DEFAULT_IMPLEMENTATION)}")
-        batch, num_heads, num_kv_heads, head_dim, tokens = _dimensions(call)
+        batch, num_heads, num_kv_heads, head_dim, tokens = _dimensions(call, known)
         numbers |= {"num_heads": num_heads, "head_dim": head_dim}
         _check_head_dim(call, head_dim, device)
         parts = _video_parts(call, layouts)
@@ -143,14 +150,15 @@ def _decide(
 
 def _check_head_dim(call: AttentionCall, head_dim: int, device: torch.device) -> None:
     value = node_value(call.value)
-    widest = max(head_dim, value.shape[-1]) if isinstance(value, torch.Tensor) else head_dim
+    widths = [head_dim, value.shape[-1]] if isinstance(value, torch.Tensor) else [head_dim]
+    widest = max(width for width in widths if isinstance(width, int))
     name = DEFAULT_IMPLEMENTATION.get(device.type)
     limit = IMPLEMENTATIONS[name].max_head_dim if name is not None else None
     if limit is not None and widest > limit:
         raise StaysDense("head_dim", f"head_dim {widest}; the {name} kernels take at most {limit}")
 
 
-def _dimensions(call: AttentionCall) -> tuple[Any, Any, Any, int, Any]:
+def _dimensions(call: AttentionCall, known: Mapping[sympy.Symbol, Any]) -> tuple[Any, Any, Any, int, Any]:
     """Batch, query heads, key heads, head_dim and tokens."""
     query, key = node_value(call.query), node_value(call.key)
     if not isinstance(query, torch.Tensor) or not isinstance(key, torch.Tensor):
@@ -160,18 +168,23 @@ def _dimensions(call: AttentionCall) -> tuple[Any, Any, Any, int, Any]:
         raise StaysDense("unreadable", f"query of rank {query.dim()} and key of rank {key.dim()}; readable: {rank}")
     if call.axes == "gnd":
         heads = kv_heads = call.num_heads or 1
-        batch: Any = FloorDiv(size_expr(query.shape[0]), heads)
+        batch: Any = FloorDiv(size_expr(query.shape[0]), size_expr(heads))
     elif call.axes == "nhd":
         batch, heads, kv_heads = call.sequences, query.shape[1], key.shape[1]
     else:
         heads_dim = 1 if call.axes == "bhnd" else 2
         batch, heads, kv_heads = query.shape[0], query.shape[heads_dim], key.shape[heads_dim]
-    head_dim = query.shape[-1]
+    head_dim = _number(query.shape[-1], known)
     if not isinstance(head_dim, int):
-        raise StaysDense("unreadable", "a symbolic head_dim")
+        raise StaysDense("unknown_layout", f"a symbolic head_dim, {head_dim}")
     sizes = (batch, heads, kv_heads, FloorDiv(size_expr(query.shape[call.token_dim]), call.sequences))
-    batch, heads, kv_heads, tokens = (plain_size(size_expr(size)) for size in sizes)
+    batch, heads, kv_heads, tokens = (_number(size, known) for size in sizes)
     return batch, heads, kv_heads, head_dim, tokens
+
+
+def _number(size: Any, known: Mapping[sympy.Symbol, Any]) -> Any:
+    """A size as an int where it is one, or is known to be one; else the expression."""
+    return plain_size(size_expr(size).xreplace({symbol: sympy.sympify(number) for symbol, number in known.items()}))
 
 
 def _video_parts(call: AttentionCall, layouts: TokenLayouts) -> tuple[tuple[Any, Any], ...]:

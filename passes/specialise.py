@@ -27,7 +27,7 @@ from svg2_compile.passes.graph.values import find_fake_mode, node_value
 from svg2_compile.passes.layout.lengths import known_number
 from svg2_compile.passes.sites import Site, Skip
 
-__all__ = ["can_specialise", "guard_signs", "negative_sizes", "specialise", "with_numbers"]
+__all__ = ["can_specialise", "guard_signs", "negative_sizes", "specialise", "traced_sizes", "with_numbers"]
 
 
 def can_specialise(gm: fx.GraphModule) -> bool:
@@ -71,10 +71,15 @@ def negative_sizes(gm: fx.GraphModule) -> bool:
     return any(known[s] < 0 if s in known else _is_used_as_size(s, gm) for s in unproven)
 
 
+def traced_sizes(gm: fx.GraphModule) -> dict[sympy.Symbol, Any]:
+    """The number that every symbol was traced with."""
+    shape_env = _shape_env(gm)
+    return {} if shape_env is None else _known(shape_env)
+
+
 def with_numbers(decisions: Sequence[Site | Skip], gm: fx.GraphModule) -> list[Site | Skip]:
     """The decisions with the sizes that were traced in the place of symbols."""
-    shape_env = _shape_env(gm)
-    known = {} if shape_env is None else _known(shape_env)
+    known = traced_sizes(gm)
     names = ["batch", "num_heads", "num_kv_heads", "num_tokens", "video_start", "video_tokens"]
     names += ["num_q_clusters", "num_k_clusters", "context_tokens"]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -21,7 +23,14 @@ from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.inline_subgraphs import inline_subgraphs
 from svg2_compile.passes.sites import Site, Skip
 from svg2_compile.passes.sparsify import SparseSite, sparsify
-from svg2_compile.passes.specialise import can_specialise, guard_signs, negative_sizes, specialise, with_numbers
+from svg2_compile.passes.specialise import (
+    can_specialise,
+    guard_signs,
+    negative_sizes,
+    specialise,
+    traced_sizes,
+    with_numbers,
+)
 from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
 from svg2_compile.reporting.records import GraphReport
@@ -118,16 +127,19 @@ def _decide_sites(c: Compilation) -> None:
     c.decisions = _decisions_with(c, c.layouts)
     if can_specialise(c.gm) and (_is_undecided(c.decisions) or negative_sizes(c.gm)):
         layouts = analyse_token_layout(c.gm, c.parameters, concrete=True)
-        decisions = with_numbers(_decisions_with(c, layouts), c.gm)
+        decisions = with_numbers(_decisions_with(c, layouts, traced_sizes(c.gm)), c.gm)
         if negative_sizes(c.gm) or _count_sites(decisions) > _count_sites(c.decisions):
             c.layouts, c.decisions, c.specialised = layouts, decisions, True
     elif negative_sizes(c.gm):
         c.decisions = [_of_unknown_sign(decision) for decision in c.decisions]
 
 
-def _decisions_with(c: Compilation, layouts: TokenLayouts) -> list[Site | Skip]:
+def _decisions_with(
+    c: Compilation, layouts: TokenLayouts, numbers: Mapping[sympy.Symbol, Any] | None = None
+) -> list[Site | Skip]:
     policy, regional = c.config.site_policy(), bool(c.regional)
-    return decide_sites(c.calls, c.unreadable, layouts, policy, c.device, regional=regional, profile=c.profile)
+    rest = {"regional": regional, "profile": c.profile, "numbers": numbers}
+    return decide_sites(c.calls, c.unreadable, layouts, policy, c.device, **rest)
 
 
 def _is_undecided(decisions: list[Site | Skip]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,10 +45,17 @@ def enabled_dynamo_settings(look_through: bool = True) -> Iterator[Lesson]:
     whose attention no compiler sees. Every call of enable or explain adds a cache entry to the forward of a class:
     with the default limit of 8 a long-lived process would silently fall back to eager.
 
+    Warnings and prints are made after the graph that they stand in, rather than between two halves of it.
+
     look_through: trace functions under torch.compiler.disable as well.
     """
-    limit = max(64, torch._dynamo.config.recompile_limit)
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, recompile_limit=limit):
+    config = torch._dynamo.config
+    patches: dict[str, Any] = {
+        "capture_dynamic_output_shape_ops": True,
+        "recompile_limit": max(64, config.recompile_limit),
+        "reorderable_logging_functions": config.reorderable_logging_functions | {warnings.warn, print},
+    }
+    with config.patch(patches):
         _begin(look_through)
         try:
             yield _lesson
