@@ -225,7 +225,13 @@ def _arrive_as_they_are(query: Factor, key: Factor, call: AttentionCall, layouts
         return False
     names = {next(iter(segments[0].sources)) for segments in tensors}
     lengths = [segments[0].length for segments in tensors]
-    return len(names) == 3 and names <= layouts.inputs and all(same_length(n, lengths[0]) for n in lengths)
+    if len(names) < 3 or not names <= layouts.inputs:
+        return False
+    if all(same_length(length, lengths[0]) for length in lengths):
+        return True
+    if any(length.free_symbols for length in lengths):
+        raise StaysDense("layout_mismatch", "it is not known whether queries and keys are equally many")
+    return False
 
 
 def _parts(segments: Factor, layouts: TokenLayouts) -> list[tuple[bool, sympy.Expr]]:

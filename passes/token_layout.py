@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
-from svg2_compile.passes.layout.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Segment, collapse, make_axis
+from svg2_compile.passes.layout.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Inside, Segment, collapse, make_axis
 from svg2_compile.passes.layout.interpreter import interpret
 from svg2_compile.passes.layout.latent import find_latent
 from svg2_compile.passes.layout.lengths import exact_quotient
@@ -90,9 +90,16 @@ def analyse_token_layout(
 
 def _settle(axis: Axis, latent: frozenset[str]) -> Axis:
     """The axis for those who ask what is video: mixed segments are context without the latent, and unknown with it."""
-    mixed = [segment for factor in axis.factors or () for segment in factor if MIXED in segment.sources]
-    if not mixed:
-        return axis
-    if any(segment.sources & latent for segment in mixed):
+    segments = [segment for factor in axis.factors or () for segment in factor]
+    if any(MIXED in segment.sources and segment.sources & latent for segment in segments):
         return UNKNOWN
-    return make_axis(tuple(Segment(s.sources - {MIXED}, s.length) for s in factor) for factor in axis.factors or ())
+    if not any(MIXED in segment.sources or _marks(segment.sources) for segment in segments):
+        return axis
+    return make_axis(
+        tuple(Segment(s.sources - {MIXED} - _marks(s.sources), s.length) for s in factor)
+        for factor in axis.factors or ()
+    )
+
+
+def _marks(sources: frozenset[str]) -> frozenset[str]:
+    return frozenset(source for source in sources if isinstance(source, Inside))

@@ -130,6 +130,9 @@ def _decide_sites(c: Compilation) -> None:
         decisions = with_numbers(_decisions_with(c, layouts, traced_sizes(c.gm)), c.gm)
         if negative_sizes(c.gm) or _count_sites(decisions) > _count_sites(c.decisions):
             c.layouts, c.decisions, c.specialised = layouts, decisions, True
+        else:  # what stays dense all the same has its reason from what is known of these sizes
+            pairs = zip(c.decisions, decisions, strict=True)
+            c.decisions = [new if isinstance(old, Skip) and isinstance(new, Skip) else old for old, new in pairs]
     elif negative_sizes(c.gm):
         c.decisions = [_of_unknown_sign(decision) for decision in c.decisions]
 

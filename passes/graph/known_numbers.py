@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from svg2_compile.passes.graph.nodes import operator_name
 from svg2_compile.passes.graph.values import node_value
 
-__all__ = ["MOST_NUMBERS", "known_numbers", "linear_numbers"]
+__all__ = ["MOST_NUMBERS", "known_numbers", "linear_difference", "linear_numbers"]
 
 MOST_NUMBERS = 256
 """Of one tensor. What holds more is data."""
@@ -67,6 +67,17 @@ def linear_numbers(node: fx.Node) -> Any:
     return _numbers(node, lambda terms: terms)
 
 
+def linear_difference(left: Any, right: Any) -> dict[fx.Node | None, int] | None:
+    """`left - right` of two single numbers (nodes of tensors or of sizes, or ints) as {node: coefficient}, or None."""
+    evaluation = _Evaluation()
+    try:
+        with _disable_current_modes():
+            difference = _added(evaluation.made(left), evaluation.made(right), -1)
+            return {key: int(part) for key, part in difference.items() if int(part) != 0}
+    except (_Unknown, RuntimeError, ValueError):
+        return None
+
+
 def _numbers(node: fx.Node, read: Callable[[dict[fx.Node | None, int]], Any]) -> Any:
     def nested(parts: dict[fx.Node | None, Any]) -> Any:
         length = next((len(part) for part in parts.values() if isinstance(part, list)), None)
@@ -103,7 +114,7 @@ class _Evaluation:
 
     def _evaluate(self, node: fx.Node, name: str) -> Linear:
         if name in _MADE:
-            return self._made(node.args[0] if node.args else node.kwargs["data"])
+            return self.made(node.args[0] if node.args else node.kwargs["data"])
         if name in _FACTORIES:
             return self._from_factory(node, name)
         if name in _COPIES and isinstance(node.args[0], fx.Node):
@@ -130,33 +141,33 @@ class _Evaluation:
         """After `tensor[index] = numbers`."""
         for write in writes:
             _, index, numbers = write.args
-            written = self._made(numbers)
+            written = self.made(numbers)
             linear = {key: _part(linear, key).clone() for key in {**linear, **written}}
             for key, part in linear.items():
                 part[_plain(index)] = _part(written, key)
         return linear
 
-    def _made(self, numbers: Any) -> Linear:
+    def made(self, numbers: Any) -> Linear:
         """Nested lists of numbers, of nodes that yield one, and of tensors."""
         if isinstance(numbers, fx.Node) and isinstance(node_value(numbers), torch.Tensor):
             return self.tensor(numbers)
         if isinstance(numbers, fx.Node) and numbers.target in (torch.Size, tuple, list):
-            return self._made(numbers.args[0])
+            return self.made(numbers.args[0])
         if isinstance(numbers, fx.Node) and isinstance(node_value(numbers), torch.Size):
-            return self._made([_node_of(size, numbers.graph) for size in node_value(numbers)])
+            return self.made([_node_of(size, numbers.graph) for size in node_value(numbers)])
         if isinstance(numbers, fx.Node) and isinstance(node_value(numbers), (int, torch.SymInt)):
             return {None: torch.tensor(0), numbers: torch.tensor(1)}
         if isinstance(numbers, int) and not isinstance(numbers, torch.SymInt):
             return {None: torch.tensor(int(numbers))}
         if isinstance(numbers, (list, tuple)):
-            return _together([self._made(number) for number in numbers], torch.stack)
+            return _together([self.made(number) for number in numbers], torch.stack)
         raise _Unknown
 
     def _from_factory(self, node: fx.Node, name: str) -> Linear:
         shape = [int(size) for size in node_value(node).shape]
         if name == "full":
             value = node.args[1] if len(node.args) > 1 else node.kwargs["fill_value"]
-            return {key: part.expand(shape).clone() for key, part in self._made(value).items()}
+            return {key: part.expand(shape).clone() for key, part in self.made(value).items()}
         if name == "arange":
             limits = [argument for argument in node.args if isinstance(argument, int)]
             if len(limits) != len(node.args):
@@ -167,7 +178,7 @@ class _Evaluation:
     def _operands(self, node: fx.Node) -> tuple[Linear, Linear]:
         if len(node.args) != 2 or node.kwargs:
             raise _Unknown
-        return self._made(node.args[0]), self._made(node.args[1])
+        return self.made(node.args[0]), self.made(node.args[1])
 
     def _run(self, node: fx.Node) -> Linear:
         """The operator on the plain numbers, and on the coefficients of every node."""

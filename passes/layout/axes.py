@@ -69,6 +69,33 @@ Axes = tuple[Axis, ...]
 MIXED = "<mixed>"
 """The source that marks a segment of positions from several segments in unknown order. No input has this name."""
 NO_SOURCES: frozenset[str] = frozenset()
+
+
+class Inside(str):
+    """The source that marks the inner positions of a concatenation that was split: [text: 6 | video: 24] as [5, 6].
+
+    Alone they come from any of its segments. Inside of the very outer positions that kept the boundaries, they come
+    from what these come from.
+    """
+
+    __slots__ = ("factor",)
+    factor: Factor
+
+    @classmethod
+    def of(cls, factor: Factor) -> Inside:
+        """The mark of positions inside of `factor`."""
+        mark = cls("<inside " + "|".join(f"{'+'.join(sorted(s.sources))}:{s.length}" for s in factor) + ">")
+        mark.factor = factor
+        return mark
+
+    def is_inside(self, outer: Factor) -> bool:
+        """Whether `outer` is the factor, whatever was added to its sources since."""
+        return len(outer) == len(self.factor) and all(
+            mine.sources <= other.sources and same_length(mine.length, other.length)
+            for mine, other in zip(self.factor, outer, strict=True)
+        )
+
+
 UNKNOWN = Axis(None)
 ONE = Axis(())
 
@@ -89,7 +116,20 @@ def make_axis(factors: Iterable[Factor]) -> Axis:
             outer = result.pop()[0]
             factor = (Segment(outer.sources, outer.length * factor[0].length),)
         result.append(factor)
+        if len(result) > 1 and (joined := _joined_again(*result[-2:])) is not None:
+            result[-2:] = [joined]
     return Axis(tuple(result))
+
+
+def _joined_again(outer: Factor, inner: Factor) -> Factor | None:
+    """A concatenation that was split into `outer` and `inner`, as one again; None where they are none."""
+    marks = [source for source in inner[0].sources if isinstance(source, Inside)] if len(inner) == 1 else []
+    for mark in marks:
+        if mark.is_inside(outer):
+            added = inner[0].sources - blend(mark.factor) - {mark}
+            length = inner[0].length
+            return tuple(Segment(s.sources | added, sympy.expand(s.length * length)) for s in outer)
+    return None
 
 
 def _join_segments(segments: Iterable[Segment]) -> Factor:

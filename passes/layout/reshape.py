@@ -16,7 +16,18 @@ from dataclasses import dataclass
 
 import sympy
 
-from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis, Factor, Segment, blend, factor_length, make_axis
+from svg2_compile.passes.layout.axes import (
+    ONE,
+    UNKNOWN,
+    Axes,
+    Axis,
+    Factor,
+    Inside,
+    Segment,
+    blend,
+    factor_length,
+    make_axis,
+)
 from svg2_compile.passes.layout.lengths import exact_quotient, same_length
 
 
@@ -91,8 +102,9 @@ def _split(piece: _Piece, outer: sympy.Expr, inner: sympy.Expr) -> tuple[_Piece,
     )
     # The outer positions keep the boundaries where every segment is a whole number of them; the inner ones mix.
     mixed = blend(factor)
-    outer_factor = segments if len(segments) == len(factor) else (Segment(mixed, outer),)
-    return _Piece(outer_factor, outer), _Piece((Segment(mixed, inner),), inner)
+    if len(segments) < len(factor):
+        return _Piece((Segment(mixed, outer),), outer), _Piece((Segment(mixed, inner),), inner)
+    return _Piece(segments, outer), _Piece((Segment(mixed | {Inside.of(segments)}, inner),), inner)
 
 
 def _resynchronise(taken: sympy.Expr, pieces: deque[_Piece], sizes: Sequence[sympy.Expr]) -> int:

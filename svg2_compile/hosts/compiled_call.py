@@ -77,6 +77,7 @@ class CompiledCall:
         with enabled_dynamo_settings(self._look_through) as lesson:
             result = self._run(args, kwargs)
             new = set(lesson.looked_through) - self._checked
+            self._say(lesson.breaks)
         if not new or not self._look_through:
             return result
         self._checked |= new
@@ -85,6 +86,14 @@ class CompiledCall:
         self._obey(new)
         with enabled_dynamo_settings(look_through=False):
             return self._run(args, kwargs)
+
+    def _say(self, breaks: Mapping[str, str]) -> None:
+        for place, reason in list(breaks.items()):
+            self._once.warning(
+                f"graph break {place}",
+                "graph break at %s: the attention around it is judged in pieces, or runs eagerly. %s",
+                *(place, reason),
+            )
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         while True:
@@ -125,8 +134,7 @@ class CompiledCall:
             "decorator says; attention next to it may stay dense.",
             ", ".join(sorted(names)),
         )
-        torch._dynamo.reset_code(self._module._call_impl.__func__.__code__)  # type: ignore[attr-defined]
-        torch._dynamo.reset_code(_call_with_numbers.__code__)
+        torch._dynamo.reset()
         self._forget()
 
 

@@ -1,12 +1,14 @@
 """Dynamo while an enabled model runs: its settings, and what it is taught for as long as a call lasts.
 
-Taught are host reads of known numbers (host_reads.py) and looking through torch.compiler.disable (disabled.py). Both
-replace methods of Dynamo's and put them back; where a version of Dynamo has no such method, nothing is taught.
+Taught are host reads of known numbers and branches on them (host_reads.py, branches.py), looking through
+torch.compiler.disable (disabled.py), and seeing attention inside of what it gave up on (visible_attention.py). All
+of them replace functions and put them back; where a version of Dynamo has no such function, it is not taught.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,11 +17,14 @@ from typing import Any
 
 import torch
 
+from svg2_compile.hosts.branches import jump_tables, knowing_outcome
+from svg2_compile.hosts.breaks import noting_breaks
 from svg2_compile.hosts.disabled import looking_through
 from svg2_compile.hosts.host_reads import reading_known_numbers
+from svg2_compile.hosts.visible_attention import as_python_function
 from svg2_compile.logs.logger import get_logger
 
-__all__ = ["Lesson", "enabled_dynamo_settings", "forgotten_frames"]
+__all__ = ["Lesson", "enabled_dynamo_settings", "forgotten_frames", "noted_breaks"]
 
 log = get_logger()
 _lock = threading.RLock()
@@ -27,9 +32,11 @@ _lock = threading.RLock()
 
 @dataclass
 class Lesson:
-    """What Dynamo met while it was taught. looked_through: names of disabled functions that were traced."""
+    """What Dynamo met while it was taught. looked_through: names of disabled functions that were traced. breaks: places
+    at which it broke a graph, with the reason and the way out in words."""
 
     looked_through: dict[str, None] = field(default_factory=dict)
+    breaks: dict[str, str] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
     depth: int = 0
 
@@ -87,33 +94,75 @@ def _code_sets(convert_frame: Any) -> list[list[Any]]:
     return [list(getattr(codes, "seen", ())) for codes in sets]
 
 
+@contextlib.contextmanager
+def noted_breaks() -> Iterator[dict[str, str]]:
+    """Collect the places at which Dynamo breaks graphs in here: "file:line" -> the reason and the way out."""
+    found: dict[str, str] = {}
+    undo: list[Callable[[], None]] = []
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+        method = InstructionTranslatorBase.__dict__["log_graph_break"]
+        _replace(InstructionTranslatorBase, "log_graph_break", noting_breaks(method, found), undo)
+    except (ImportError, KeyError) as error:
+        log.debug("this version of Dynamo does not say where it breaks: %s", error)
+    try:
+        yield found
+    finally:
+        _put_back(undo)
+
+
 def _begin(look_through: bool) -> None:
     """Nested and concurrent calls share the lesson of the first."""
     with _lock:
         _lesson.depth += 1
         if _lesson.depth > 1:
             return
+        _lesson.looked_through.clear()
+        _lesson.breaks.clear()
+        attention = torch.nn.functional.scaled_dot_product_attention
+        _replace(torch.nn.functional, "scaled_dot_product_attention", as_python_function(attention), _lesson.undo)
         try:
-            from torch._dynamo.variables.functions import SkipFunctionVariable
-            from torch._dynamo.variables.tensor import TensorVariable
-
-            for name in ("method_tolist", "method_item"):
-                _replace(TensorVariable, name, reading_known_numbers(getattr(TensorVariable, name)))
-            if look_through:
-                method = SkipFunctionVariable.call_function
-                _replace(SkipFunctionVariable, "call_function", looking_through(method, _lesson.looked_through))
+            _teach(_lesson, look_through)
         except (ImportError, AttributeError, KeyError) as error:
             log.debug("this version of Dynamo is left as it is: %s", error)
+
+
+def _teach(lesson: Lesson, look_through: bool) -> None:
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+    from torch._dynamo.variables.functions import SkipFunctionVariable
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    for name in ("method_tolist", "method_item"):
+        _replace(TensorVariable, name, reading_known_numbers(getattr(TensorVariable, name)), lesson.undo)
+    for table, place in jump_tables():
+        _replace_item(table, place, knowing_outcome(table[place]), lesson.undo)
+    method = InstructionTranslatorBase.__dict__["log_graph_break"]
+    _replace(InstructionTranslatorBase, "log_graph_break", noting_breaks(method, lesson.breaks), lesson.undo)
+    if look_through:
+        call = looking_through(SkipFunctionVariable.call_function, lesson.looked_through)
+        _replace(SkipFunctionVariable, "call_function", call, lesson.undo)
 
 
 def _end() -> None:
     with _lock:
         _lesson.depth -= 1
-        while _lesson.depth == 0 and _lesson.undo:
-            _lesson.undo.pop()()
+        if _lesson.depth == 0:
+            _put_back(_lesson.undo)
 
 
-def _replace(owner: Any, name: str, value: Any) -> None:
+def _put_back(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
+
+
+def _replace_item(table: list[Any], place: int, value: Any, undo: list[Callable[[], None]]) -> None:
+    before = table[place]
+    table[place] = value
+    undo.append(lambda: operator.setitem(table, place, before))
+
+
+def _replace(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
     before = owner.__dict__[name]
     setattr(owner, name, value)
-    _lesson.undo.append(lambda: setattr(owner, name, before))
+    undo.append(lambda: setattr(owner, name, before))
