@@ -28,7 +28,7 @@ import sympy
 import torch
 from torch import fx
 
-from svg2_compile.passes.attention.call import AttentionCall
+from svg2_compile.passes.attention.call import AttentionCall, KeyMask
 from svg2_compile.passes.attention.masks import KeyPadding
 from svg2_compile.passes.graph.builder import GraphBuilder
 from svg2_compile.passes.graph.sizes import SizeEmitter, plain_size
@@ -59,7 +59,9 @@ def erase_unused(gm: fx.GraphModule, sites: Sequence[Site]) -> None:
 
 
 def _needs_work(site: Site) -> bool:
-    return site.call.axes == "nhd" or site.call.ends is not None or len(site.video_parts) > 1
+    call = site.call
+    masks = call.ends is not None or call.key_mask is not None
+    return masks or call.axes == "nhd" or call.out_axes is not None or len(site.video_parts) > 1
 
 
 class _SiteRewriter:
@@ -107,10 +109,10 @@ class _SiteRewriter:
         return node if build.value(node).dtype == dtype else build.call(_aten.to.dtype, node, dtype)
 
     def _heads_back(self, out: fx.Node) -> fx.Node:
-        build, call = self.build, self.call
-        if call.axes in ("nhd", "bnhd"):
+        build, axes = self.build, self.call.out_axes or self.call.axes
+        if axes in ("nhd", "bnhd"):
             out = build.call(_aten.transpose.int, out, 1, 2)
-        if call.axes in ("nhd", "gnd"):
+        if axes in ("nhd", "gnd"):
             out = build.call(_aten.flatten.using_ints, out, 0, 1)
         return out
 
@@ -142,6 +144,9 @@ class _SiteRewriter:
             places = self._in_order(places, 0)
             end = build.call(_aten.select.int, self.call.ends, 0, 1)
             return KeyPadding(build.call(_aten.lt.Tensor, places, end, name="before_end"), "attend")
+        if self.call.key_mask is not None:
+            mask = self._in_order(self._masked_keys(self.call.key_mask, query), 1)
+            return KeyPadding(build.call(_aten.unflatten.int, mask, 1, [1, 1, -1]), "attend")
         if padding is None or len(self.runs) == 1:
             return padding
         queries = padding.queries
@@ -149,6 +154,24 @@ class _SiteRewriter:
             axis = -1 if queries.transposed else -2
             queries = replace(queries, mask=self._mask_in_order(queries.mask, axis))
         return replace(padding, mask=self._mask_in_order(padding.mask, -1), queries=queries)
+
+    def _masked_keys(self, mask: KeyMask, query: fx.Node) -> fx.Node:
+        """bool [B, N]: the function that masks, on all batches and keys at once."""
+        build, device = self.build, self.build.value(query).device
+        shape = [build.size(query, 0), build.size(query, 2)]
+        batch, keys = (build.call(_aten.arange.default, size, device=device) for size in shape)
+        batch = build.call(_aten.unsqueeze.default, batch, 1)
+        placeholders = mask.body.graph.find_nodes(op="placeholder")
+        copies: dict[fx.Node, Any] = dict(zip(placeholders, (batch, batch, keys, keys, *mask.operands), strict=True))
+        for inner in mask.body.graph.nodes:
+            if inner.op in ("call_function", "call_method"):
+                target = inner.target if callable(inner.target) else getattr(torch.Tensor, str(inner.target))
+                args, kwargs = fx.map_arg((inner.args, inner.kwargs), copies.__getitem__)
+                copies[inner] = build.call(target, *args, **kwargs)
+            elif inner.op == "output":
+                result = inner.args[0][0] if isinstance(inner.args[0], (tuple, list)) else inner.args[0]
+                return build.call(_aten.expand.default, copies[result], shape, name="attended_keys")
+        raise AssertionError("a graph without an output")
 
     def _mask_in_order(self, mask: fx.Node, axis: int) -> fx.Node:
         shape = self.build.value(mask).shape

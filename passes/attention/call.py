@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
-__all__ = ["AttentionCall", "UnreadableAttention"]
+__all__ = ["AttentionCall", "KeyMask", "UnreadableAttention"]
+
+
+@dataclass(frozen=True)
+class KeyMask:
+    """Which keys are attended, as FlexAttention says it: a graph (batch, head, query, key, *operands) -> bool that
+    reads neither head nor query. operands: nodes of the graph around it."""
+
+    body: fx.GraphModule
+    operands: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -18,9 +28,10 @@ class AttentionCall:
     axes of key are swapped.
     attn_mask: bool (True = attend, or False = attend where mask_excludes) or additive; in "gnd" calls broadcastable to
     [B, num_heads, N, N]. scale: None means 1 / sqrt(head_dim). form: which spelling was read. name: module path.
-    sequences: of a "nhd" call, all of one length. ends: an int tensor of two, the second of which is where the only
-    sequence ends; what follows is padding. source: the operator with several outputs of which ``node`` is one.
-    quantised: it computes with fewer bits than its inputs have, by design.
+    out_axes: of the output, where it is not ``axes``. sequences: of a "nhd" call, all of one length. ends: an int
+    tensor of two, the second of which is where the only sequence ends; what follows is padding. key_mask: which keys
+    are attended. source: the operator with several outputs of which ``node`` is one. quantised: it computes with fewer
+    bits than its inputs have, by design.
     """
 
     node: fx.Node
@@ -33,12 +44,14 @@ class AttentionCall:
     is_causal: bool = False
     dropout_p: float = 0.0
     axes: str = "bhnd"
+    out_axes: str | None = None
     key_transposed: bool = False
     num_heads: int | None = None
     form: str = "sdpa"
     name: str = ""
     sequences: int = 1
     ends: fx.Node | None = None
+    key_mask: KeyMask | None = None
     source: fx.Node | None = None
     quantised: bool = False
 

@@ -8,6 +8,7 @@ Read are, in Dynamo's torch-level graphs and in ATen graphs alike:
     aten._scaled_dot_product_{flash,efficient,cudnn,...}     PyTorch's fused kernels, several outputs
     aten._{flash,efficient}_attention_forward                the same one level lower, [B, N, H, D]
     flash-attn, sageattention, xformers, PyTorch's varlen     see foreign.py
+    flex_attention without a mask, or with key padding       see flex.py
     softmax(query @ key^T * scale + mask) @ value            see decomposed.py
 
 Every attention ends as an AttentionCall or as an UnreadableAttention that names the way out.
@@ -25,6 +26,7 @@ from torch import fx
 
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.decomposed import read_decomposed
+from svg2_compile.passes.attention.flex import read_flex_attention
 from svg2_compile.passes.attention.foreign import read_foreign_attention
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path, operator_name
 from svg2_compile.passes.graph.values import node_value
@@ -37,7 +39,7 @@ _NATIVE = (
     "call torch.nn.functional.scaled_dot_product_attention in its place (most model code does where the library is "
     'missing; diffusers: model.set_attention_backend("native"))'
 )
-_FOREIGN = ("flash_attn", "sageattn", "sage_attn", "xformers", "memory_efficient_attention", "flex_attention", "natten")
+_FOREIGN = ("flash_attn", "sageattn", "sage_attn", "xformers", "memory_efficient_attention", "natten")
 
 
 def find_attention(gm: fx.GraphModule) -> tuple[list[AttentionCall], list[UnreadableAttention]]:
@@ -45,7 +47,8 @@ def find_attention(gm: fx.GraphModule) -> tuple[list[AttentionCall], list[Unread
     calls: list[AttentionCall] = []
     unreadable: list[UnreadableAttention] = []
     for node in gm.graph.nodes:
-        found = read_foreign_attention(node) or _read_fused(node) or read_decomposed(node)
+        found = read_foreign_attention(node) or read_flex_attention(gm, node)
+        found = found or _read_fused(node) or read_decomposed(node)
         if isinstance(found, AttentionCall):
             calls.append(found)
         elif isinstance(found, UnreadableAttention):

@@ -27,7 +27,7 @@ __all__ = ["ForeignAttention", "Spelling", "read_foreign", "spelling_of"]
 @dataclass(frozen=True)
 class Spelling:
     """How a library spells attention. layout: of query, key, value and output ("nhd": sequences one after the other).
-    functions: names, without namespace. libraries: namespaces of operators, or packages of functions. arguments: of a
+    functions: names, without namespace. libraries: how namespaces of operators, or packages of functions, begin. arguments: of a
     function, in their order. quantised: it computes with fewer bits than its inputs have, by design."""
 
     functions: frozenset[str]
@@ -61,7 +61,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_FLASH = _words("flash_attn flash_attn_2 flash_attn_3 flash_attn_interface _diffusers_flash_attn_3 vllm_flash_attn")
+_FLASH = _words("flash_attn _flash_attn _diffusers_flash_attn vllm_flash_attn _vllm_fa")
 _DENSE = "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
 _PACKED = "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k "
 _TABLE = (
@@ -76,7 +76,7 @@ _TABLE = (
             "sageattn sageattn_qk_int8_pv_fp16_cuda sageattn_qk_int8_pv_fp16_triton sageattn_qk_int8_pv_fp8_cuda "
             "sageattn_qk_int8_pv_fp8_cuda_sm90"
         ),
-        _words("sageattention"),
+        _words("sage _sage"),
         "tensor_layout",
         ("q", "k", "v", "tensor_layout", "is_causal"),
         quantised=True,
@@ -84,7 +84,7 @@ _TABLE = (
     # xformers 0.0.32 (xformers/ops/fmha/__init__.py, xformers/ops/fmha/flash.py)
     Spelling(
         _words("memory_efficient_attention"),
-        _words("xformers"),
+        _words("xformers _xformers"),
         "bnhd",
         ("query", "key", "value", "attn_bias", "p", "scale", "op"),
     ),
@@ -136,7 +136,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 _QUERY, _KEY, _VALUE = ("query", "q"), ("key", "k"), ("value", "v")
 _SCALE = ("softmax_scale", "sm_scale", "scale")
 _STARTS = (("cu_seqlens_q", "cu_seq_q"), ("cu_seqlens_k", "cu_seq_k"))
-_CAUSAL, _DROPOUT, _BIAS = ("causal", "is_causal"), ("dropout_p", "p"), ("attn_bias",)
+_CAUSAL, _DROPOUT, _BIAS = ("causal", "is_causal"), ("dropout_p", "p_dropout", "p"), ("attn_bias",)
 _ROLES = {name for names in (_QUERY, _KEY, _VALUE, _SCALE, *_STARTS, _CAUSAL, _DROPOUT, _BIAS) for name in names}
 
 
@@ -146,7 +146,7 @@ def spelling_of(node: fx.Node) -> Spelling | None:
         return None
     name, library = _name_and_library(node)
     for spelling in _TABLE:
-        if name in spelling.functions and (library in spelling.libraries):
+        if name in spelling.functions and library.startswith(tuple(spelling.libraries)):
             return spelling
     return None
 

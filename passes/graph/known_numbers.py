@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from svg2_compile.passes.graph.nodes import operator_name
+from svg2_compile.passes.graph.nodes import is_written, may_write, operator_name
 from svg2_compile.passes.graph.values import node_value
 
 __all__ = ["MOST_NUMBERS", "known_numbers", "linear_difference", "linear_numbers"]
@@ -38,7 +38,6 @@ _FACTORIES = frozenset({"arange", "zeros", "ones", "full", "new_zeros", "new_one
 _MADE = frozenset({"tensor", "as_tensor", "LongTensor", "IntTensor"})
 _COPIES, _LINEAR, _OTHERS = (frozenset(names.split()) for names in (_COPY_NAMES, _MOVE_NAMES, _OTHER_NAMES))
 _ADD, _MULTIPLY = {"add": 1, "radd": 1, "sub": -1}, frozenset({"mul", "rmul"})
-_WRITES = frozenset({"iadd", "isub", "imul", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"})
 
 Linear = dict[fx.Node | None, torch.Tensor]
 """The coefficients of every node; of None the plain numbers. All of one shape, int64."""
@@ -225,25 +224,13 @@ def _is_small_integer_tensor(value: Any) -> bool:
 
 def _writes_to(node: fx.Node) -> list[fx.Node]:
     """The assignments to places of a tensor, all of them before anybody reads it. Other writes make it unknown."""
-    writes = [user for user in node.users if user.args and user.args[0] is node and _may_write(user)]
+    writes = [user for user in node.users if user.args and user.args[0] is node and may_write(user)]
     readers = [user for user in node.users if user not in writes]
     if any(operator_name(write) != "setitem" for write in writes):
         raise _Unknown
-    if any(reader < write for write in writes for reader in readers) or any(map(_is_written_view, readers)):
+    if any(reader < write for write in writes for reader in readers) or any(map(is_written, readers)):
         raise _Unknown
     return sorted(writes)
-
-
-def _is_written_view(node: fx.Node) -> bool:
-    """Whether a node that may be a view of its input, or a view of it, is written to."""
-    if operator_name(node) not in _LINEAR | _COPIES:
-        return False
-    return any((user.args[:1] == (node,) and _may_write(user)) or _is_written_view(user) for user in node.users)
-
-
-def _may_write(user: fx.Node) -> bool:
-    name = operator_name(user)
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def _plain(index: Any) -> Any:

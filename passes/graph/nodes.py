@@ -14,6 +14,8 @@ __all__ = [
     "bind_arguments",
     "is_bool",
     "is_projected",
+    "is_written",
+    "may_write",
     "module_path",
     "operator_name",
     "shape_of",
@@ -56,6 +58,27 @@ def is_bool(node: fx.Node) -> bool:
 def users_of(node: fx.Node) -> set[fx.Node]:
     """The nodes that use the value of a node; torch.export's assertions about its metadata do not count."""
     return {user for user in node.users if operator_name(user) != "_assert_tensor_metadata"}
+
+
+_WRITES = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"})
+_VIEWS = frozenset(
+    {"view", "reshape", "expand", "unflatten", "flatten", "unsqueeze", "squeeze", "transpose", "permute"}
+)
+_VIEWS |= {"__getitem__", "getitem", "select", "slice", "narrow", "detach", "alias", "chunk", "split", "unbind", "t"}
+
+
+def may_write(user: fx.Node) -> bool:
+    """Whether a node writes to its first argument: an assignment, iadd ..., an operator whose name ends in _."""
+    name = operator_name(user)
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether some node writes to a tensor in place, directly or through a view of it."""
+    return any(
+        (user.args[:1] == (node,) and may_write(user)) or (operator_name(user) in _VIEWS and is_written(user))
+        for user in node.users
+    )
 
 
 _CONTRACTIONS = frozenset(
