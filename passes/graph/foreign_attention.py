@@ -27,8 +27,8 @@ __all__ = ["ForeignAttention", "Spelling", "read_foreign", "spelling_of"]
 @dataclass(frozen=True)
 class Spelling:
     """How a library spells attention. layout: of query, key, value and output ("nhd": sequences one after the other).
-    functions: names, without namespace. libraries: how namespaces of operators, or packages of functions, begin. arguments: of a
-    function, in their order. quantised: it computes with fewer bits than its inputs have, by design."""
+    functions: names, without namespace. libraries: how namespaces of operators, or packages of functions, begin.
+    arguments: of a function, in their order. quantised: it computes with fewer bits than its inputs have, by design."""
 
     functions: frozenset[str]
     libraries: frozenset[str]

@@ -51,6 +51,7 @@ def inspect(
     from svg2_compile.export.archive import is_archive
     from svg2_compile.tools import inspect as loader
     from svg2_compile.tools.example_inputs import VideoShape
+    from svg2_compile.tools.own_model import inspect_own_model
 
     try:
         chosen = chosen_options(preset, options)
@@ -66,7 +67,7 @@ def inspect(
         if is_file != (call is not None):
             raise ValueError("MODEL and --call go together: --call FILE.py:FUNCTION with a MODEL FILE.py:FUNCTION.")
         if is_file:
-            report = loader.inspect_file(model, str(call), chosen, device)
+            report = inspect_own_model(model, str(call), chosen, device)
         elif model.endswith(".pt2"):
             report = loader.inspect_exported(Path(model), chosen, device)
         else:
