@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,28 +125,41 @@ def _find_time_inputs(c: Compilation) -> None:
 def _decide_sites(c: Compilation) -> None:
     assert c.layouts is not None
     c.decisions = _decisions_with(c, c.layouts)
-    if can_specialise(c.gm) and (_is_undecided(c.decisions) or negative_sizes(c.gm)):
-        layouts = analyse_token_layout(c.gm, c.parameters, concrete=True)
-        decisions = with_numbers(_decisions_with(c, layouts, traced_sizes(c.gm)), c.gm)
-        if negative_sizes(c.gm) or _count_sites(decisions) > _count_sites(c.decisions):
-            c.layouts, c.decisions, c.specialised = layouts, decisions, True
-        else:  # what stays dense all the same has its reason from what is known of these sizes
-            pairs = zip(c.decisions, decisions, strict=True)
-            c.decisions = [new if isinstance(old, Skip) and isinstance(new, Skip) else old for old, new in pairs]
-    elif negative_sizes(c.gm):
+    negative = negative_sizes(c.gm)
+    if can_specialise(c.gm) and (negative or _is_undecided(c.decisions)):
+        _decide_by_numbers(c, negative)
+    elif negative:
         c.decisions = [_of_unknown_sign(decision) for decision in c.decisions]
+
+
+def _decide_by_numbers(c: Compilation, negative: bool) -> None:
+    """Decide anew at the sizes that were traced; keep that where more becomes sparse by it."""
+    numbers = traced_sizes(c.gm)
+    calls, unreadable = find_attention(c.gm, numbers)
+    layouts = analyse_token_layout(c.gm, c.parameters, concrete=True)
+    by_numbers = replace(c, calls=calls, unreadable=unreadable)
+    decisions = with_numbers(_decisions_with(by_numbers, layouts, numbers), c.gm)
+    if negative or _count_sites(decisions) > _count_sites(c.decisions):
+        c.calls, c.unreadable, c.layouts, c.decisions, c.specialised = calls, unreadable, layouts, decisions, True
+    else:  # what stays dense all the same has its reason from what is known of these sizes
+        pairs = zip(c.decisions, decisions, strict=True)
+        c.decisions = [new if isinstance(old, Skip) and isinstance(new, Skip) else old for old, new in pairs]
 
 
 def _decisions_with(
     c: Compilation, layouts: TokenLayouts, numbers: Mapping[sympy.Symbol, Any] | None = None
 ) -> list[Site | Skip]:
     policy, regional = c.config.site_policy(), bool(c.regional)
-    rest = {"regional": regional, "profile": c.profile, "numbers": numbers}
+    rest: dict[str, Any] = {"regional": regional, "profile": c.profile, "numbers": numbers}
     return decide_sites(c.calls, c.unreadable, layouts, policy, c.device, **rest)
 
 
+_LEFT_OPEN = frozenset({"unknown_layout", "layout_mismatch", "several_sequences", "unreadable"})
+"""Reasons that symbols may be to blame for."""
+
+
 def _is_undecided(decisions: list[Site | Skip]) -> bool:
-    return any(isinstance(d, Skip) and d.reason in ("unknown_layout", "layout_mismatch") for d in decisions)
+    return any(isinstance(decision, Skip) and decision.reason in _LEFT_OPEN for decision in decisions)
 
 
 def _count_sites(decisions: list[Site | Skip]) -> int:

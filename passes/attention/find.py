@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -42,12 +44,14 @@ _NATIVE = (
 _FOREIGN = ("flash_attn", "sageattn", "sage_attn", "xformers", "memory_efficient_attention", "natten")
 
 
-def find_attention(gm: fx.GraphModule) -> tuple[list[AttentionCall], list[UnreadableAttention]]:
-    """List the attentions of ``gm`` in the order of the graph, with unique names."""
+def find_attention(
+    gm: fx.GraphModule, numbers: Mapping[sympy.Symbol, Any] | None = None
+) -> tuple[list[AttentionCall], list[UnreadableAttention]]:
+    """List the attentions of ``gm`` in the order of the graph, with unique names. ``numbers``: of symbols, if known."""
     calls: list[AttentionCall] = []
     unreadable: list[UnreadableAttention] = []
     for node in gm.graph.nodes:
-        found = read_foreign_attention(node) or read_flex_attention(gm, node)
+        found = read_foreign_attention(node, numbers or {}) or read_flex_attention(gm, node)
         found = found or _read_fused(node) or read_decomposed(node)
         if isinstance(found, AttentionCall):
             calls.append(found)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -25,12 +26,14 @@ from svg2_compile.passes.graph.nodes import module_path, shape_of
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.layout.lengths import same_length, size_expr
 
+Numbers = Mapping[sympy.Symbol, Any]
+
 __all__ = ["read_foreign_attention"]
 
 
-def read_foreign_attention(node: fx.Node) -> AttentionCall | UnreadableAttention | None:
-    """The attention that a node computes with another library; None if it is none."""
-    call = read_foreign(node)
+def read_foreign_attention(node: fx.Node, numbers: Numbers) -> AttentionCall | UnreadableAttention | None:
+    """The attention that a node computes with another library; None if none. ``numbers``: of symbols, if known."""
+    call = read_foreign(node, numbers)
     if call is None:
         return None
     name = module_path(node)
@@ -41,7 +44,7 @@ def read_foreign_attention(node: fx.Node) -> AttentionCall | UnreadableAttention
     if output is None:
         detail = f"{call.name}: more than its output is used (the log-sum-exp of the attention)"
         return UnreadableAttention(node, name, "aux_outputs", detail)
-    sequences, ends = (1, None) if call.layout != "nhd" else _sequences(call)
+    sequences, ends = (1, None) if call.layout != "nhd" else _sequences(call, numbers)
     if sequences is None:
         detail = (
             f"{call.name}: several sequences in one row, whose lengths are not known to be equal. Sequences of one "
@@ -78,30 +81,28 @@ def _output(node: fx.Node) -> fx.Node | None:
     return outputs.get(0)
 
 
-def _sequences(call: ForeignAttention) -> tuple[int | None, fx.Node | None]:
+def _sequences(call: ForeignAttention, numbers: Numbers) -> tuple[int | None, fx.Node | None]:
     """How many sequences of one length there are, None if they differ; and where a single one ends, if that is data."""
     assert call.starts is not None
-    lengths = [_lengths(starts, tensor) for starts, tensor in zip(call.starts, (call.query, call.key), strict=True)]
-    if lengths[0] is not None and lengths[1] is not None:
-        same = len(lengths[0]) == len(lengths[1]) and all(map(same_length, lengths[0], lengths[1]))
-        return (len(lengths[0]), None) if same else (None, None)
+    pairs = zip(call.starts, (call.query, call.key), strict=True)
+    counts = [_count(starts, tensor, numbers) for starts, tensor in pairs]
+    if None not in counts:
+        return (counts[0], None) if counts[0] == counts[1] else (None, None)
     single = all(shape_of(starts) == (2,) for starts in call.starts)
     return (1, call.starts[1]) if single else (None, None)
 
 
-def _lengths(starts: fx.Node, tensor: fx.Node) -> list[sympy.Expr] | None:
-    """The lengths of sequences that fill a tensor, all of them equal; None where that is not known."""
-    numbers, shape = linear_numbers(starts), shape_of(tensor)
-    if not isinstance(numbers, list) or len(numbers) < 2 or shape is None:
+def _count(starts: fx.Node, tensor: fx.Node, numbers: Numbers) -> int | None:
+    """How many sequences of one length fill a tensor; None where that is not known."""
+    terms, shape = linear_numbers(starts), shape_of(tensor)
+    if not isinstance(terms, list) or len(terms) < 2 or shape is None:
         return None
-    places = [_expression(terms) for terms in numbers]
+    places = [_expression(place).xreplace(dict(numbers)) for place in terms]
     lengths = [after - before for before, after in itertools.pairwise(places)]
-    fills = places[0] == 0 and same_length(places[-1], size_expr(shape[0]))
-    return lengths if fills and all(same_length(length, lengths[0]) for length in lengths) else None
+    fills = places[0] == 0 and same_length(places[-1], size_expr(shape[0]).xreplace(dict(numbers)))
+    return len(lengths) if fills and all(same_length(length, lengths[0]) for length in lengths) else None
 
 
 def _expression(terms: dict[fx.Node | None, int]) -> sympy.Expr:
-    sizes: dict[Any, sympy.Expr] = {
-        key: sympy.Integer(1) if key is None else size_expr(node_value(key)) for key in terms
-    }
+    sizes: dict[Any, sympy.Expr] = {key: size_expr(1 if key is None else node_value(key)) for key in terms}
     return sympy.Add(*(sizes[key] * count for key, count in terms.items()))

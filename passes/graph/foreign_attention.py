@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from svg2_compile.passes.graph.nodes import operator_name
+from svg2_compile.passes.graph.values import node_value
 
 __all__ = ["ForeignAttention", "Spelling", "read_foreign", "spelling_of"]
 
@@ -151,8 +152,8 @@ def spelling_of(node: fx.Node) -> Spelling | None:
     return None
 
 
-def read_foreign(node: fx.Node) -> ForeignAttention | None:
-    """The call, read; None where it is none of the table, or its tensors are no nodes."""
+def read_foreign(node: fx.Node, numbers: Mapping[Any, Any] | None = None) -> ForeignAttention | None:
+    """The call, read; None where it is none of the table, or its tensors are no nodes. numbers: of known symbols."""
     spelling = spelling_of(node)
     if spelling is None:
         return None
@@ -163,6 +164,7 @@ def read_foreign(node: fx.Node) -> ForeignAttention | None:
     scale, bias = _first(arguments, _SCALE), _first(arguments, _BIAS)
     starts = [_first(arguments, names) for names in _STARTS]
     causal, dropout = _first(arguments, _CAUSAL) or False, _first(arguments, _DROPOUT) or 0.0
+    scale = _number_of(scale, numbers or {})
     packed = any(start is not None for start in starts)
     extra = _extra(arguments)
     if isinstance(scale, fx.Node) or isinstance(causal, fx.Node) or isinstance(dropout, fx.Node):
@@ -188,6 +190,15 @@ def read_foreign(node: fx.Node) -> ForeignAttention | None:
         extra=extra,
         arguments=arguments,
     )
+
+
+def _number_of(scale: Any, numbers: Mapping[Any, Any]) -> Any:
+    """A scale that was computed from sizes, where these are known."""
+    value = node_value(scale) if isinstance(scale, fx.Node) else None
+    if isinstance(value, torch.SymFloat):
+        result = value.node.expr.xreplace(dict(numbers))
+        return float(result) if result.is_number else scale
+    return value if isinstance(value, float) else scale
 
 
 def _name_and_library(node: fx.Node) -> tuple[str, str]:
