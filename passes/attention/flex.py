@@ -46,7 +46,8 @@ def read_flex_attention(gm: fx.GraphModule, node: fx.Node) -> AttentionCall | Un
     name = module_path(node)
     if not 7 <= len(node.args) <= 9:
         return UnreadableAttention(node, name, "unreadable", "flex_attention of another version of PyTorch")
-    call = _Call(*node.args)
+    arguments: tuple[Any, ...] = node.args
+    call = _Call(*arguments)
     if not _returns_first(_body(gm, call.score_mod)):
         return UnreadableAttention(node, name, "unreadable", "flex_attention with a score_mod: leave it out")
     reads = {user.args[1]: user for user in node.users if user.target is operator.getitem}

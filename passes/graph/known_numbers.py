@@ -33,7 +33,7 @@ _MOVE_NAMES = (
     "repeat repeat_interleave transpose permute t select narrow slice flip roll unbind chunk split hstack vstack tile "
     "neg sum cumsum diff"
 )
-_OTHER_NAMES = "floordiv floor_divide mod remainder abs max min amax amin prod cumprod"
+_OTHER_NAMES = "floordiv floor_divide mod remainder abs max min amax amin minimum maximum prod cumprod"
 _FACTORIES = frozenset({"arange", "zeros", "ones", "full", "new_zeros", "new_ones", "zeros_like", "ones_like"})
 _MADE = frozenset({"tensor", "as_tensor", "LongTensor", "IntTensor"})
 _COPIES, _LINEAR, _OTHERS = (frozenset(names.split()) for names in (_COPY_NAMES, _MOVE_NAMES, _OTHER_NAMES))

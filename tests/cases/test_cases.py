@@ -24,8 +24,8 @@ def embedded(timestep: Tensor) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[B, N, H, D] -> [B, N, H * D]."""
-    tensors = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*tensors).transpose(1, 2).flatten(2)  # type: ignore[misc]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -50,7 +50,7 @@ class Model(nn.Module):
         self.inp, self.time, self.head = nn.Linear(16, DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, 16)
         self.blocks = nn.ModuleList(Block(*block) for _ in range(depth))
 
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, x: Any, timestep: Any, *_: Any) -> Tensor:
         time, y = self.time(embedded(timestep)), self.inp(x)
         for block in self.blocks:
             y = block(y, time)
@@ -169,13 +169,14 @@ def test_a_single_stream_block_is_handed_text_as_well() -> None:
         return torch.cat([x[:, :-text] * cos[None, :, None], x[:, -text:]], 1)
 
     class Joint(Model):
-        def forward(self, x: Tensor, text: Tensor, timestep: Tensor, cos: Tensor) -> Tensor:
+        def forward(self, x: Any, timestep: Any, *rest: Any) -> Tensor:
+            text, cos = rest
             y, time = self.inp(torch.cat([x, text], 1)), self.time(embedded(timestep))
             for block in self.blocks:
                 y = block(y, time, cos, text.shape[1])
             return self.head(y[:, : x.shape[1]])
 
-    call = (tokens(60), tokens(6), TIME, torch.randn(60, DIM // HEADS))
+    call = (tokens(60), TIME, tokens(6), torch.randn(60, DIM // HEADS))
     for regional in (False, True):
         torch._dynamo.reset()
         sites = sites_of(Joint(video_only).eval(), [call], regional)
@@ -193,9 +194,9 @@ def test_grid_sizes_are_read_from_a_tensor(regional: bool) -> None:
         return torch.stack(rows)
 
     class Videos(Model):
-        def forward(self, videos: list[Tensor], timestep: Tensor) -> Tensor:
-            grid = torch.stack([torch.tensor(video.shape[:3], dtype=torch.long) for video in videos])
-            y, time = self.inp(torch.stack([video.flatten(0, 2) for video in videos])), self.time(embedded(timestep))
+        def forward(self, x: Any, timestep: Any, *_: Any) -> Tensor:
+            grid = torch.stack([torch.tensor(video.shape[:3], dtype=torch.long) for video in x])
+            y, time = self.inp(torch.stack([video.flatten(0, 2) for video in x])), self.time(embedded(timestep))
             for block in self.blocks:
                 y = block(y, time, grid)
             return self.head(y)
@@ -230,7 +231,7 @@ def test_a_timestep_for_every_frame(regional: bool) -> None:
 @RUN_TIME
 def test_dense_layers_count_over_all_graphs() -> None:
     class Broken(Model):
-        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        def forward(self, x: Any, timestep: Any, *_: Any) -> Tensor:
             time, y = self.time(embedded(timestep)), self.inp(x)
             for index, block in enumerate(self.blocks):
                 if x.sum().item() > -1e9 - index:

@@ -52,8 +52,8 @@ def patches(video: Tensor, layer: nn.Module) -> Tensor:
 
 def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[B, N, H, D]."""
-    tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    return F.scaled_dot_product_attention(*tensors).transpose(1, 2).flatten(2)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 # Videos as a list of tensors, padded to one length; the grid in a tensor, read in the rotary embedding; an attention

@@ -7,6 +7,8 @@ The packages need a GPU; a graph that calls them only needs their names. Schemas
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
 from typing import Any
 
@@ -59,8 +61,9 @@ _libraries: list[torch.library.Library] = []
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool = False) -> Tensor:
     """[B, N, H, D]."""
-    tensors = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*tensors, scale=scale, is_causal=causal).transpose(1, 2).contiguous()
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=causal)
+    return out.transpose(1, 2).contiguous()
 
 
 def attend_sequences(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float | None) -> Tensor:
@@ -68,7 +71,7 @@ def attend_sequences(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, 
     out = torch.full_like(query, float("nan"))
     places = starts.tolist()
     for begin, end in itertools.pairwise(places):
-        out[begin:end] = attend(*(tensor[None, begin:end] for tensor in (query, key, value)), scale)[0]
+        out[begin:end] = attend(query[None, begin:end], key[None, begin:end], value[None, begin:end], scale)[0]
     return out
 
 
@@ -102,14 +105,19 @@ def _fake(outputs: int) -> Any:
 
 
 def _define() -> None:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("diffusers.models.attention_dispatch")  # defines its operator itself
     for name, schema in _SCHEMAS.items():
         namespace, _, short = name.partition("::")
         library = torch.library.Library(namespace, "FRAGMENT")
-        library.define(short + schema)
+        is_new = not hasattr(getattr(torch.ops, namespace), short)
+        if is_new:
+            library.define(short + schema)
         parsed = getattr(getattr(torch.ops, namespace), short).default._schema
         outputs = len(parsed.returns)
         library.impl(short, _implementation(outputs, parsed), "CPU")
-        torch.library.register_fake(name, _fake(outputs), lib=library)
+        if is_new:
+            torch.library.register_fake(name, _fake(outputs), lib=library)
         _libraries.append(library)
 
 
