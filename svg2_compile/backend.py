@@ -27,6 +27,18 @@ __all__ = ["Svg2Backend", "svg2"]
 log = get_logger()
 
 _graph_numbers = itertools.count()
+_SAID = frozenset(
+    {
+        "cost",
+        "short_sequence",
+        "unknown_layout",
+        "layout_mismatch",
+        "foreign_backend",
+        "unreadable",
+        "several_sequences",
+    }
+)
+"""Reasons for which an attention over a video may stay dense though it need not: they are said once."""
 
 
 def svg2(
@@ -137,7 +149,7 @@ class Svg2Backend:
 
     def _say_what_stays_dense(self, reports: Sequence[SiteReport]) -> None:
         for report in reports:
-            if report.reason in ("cost", "short_sequence", "unknown_layout", "foreign_backend", "unreadable"):
+            if report.reason in _SAID:
                 self.session.once.warning(
                     report.reason, "%s stays dense (%s): %s", report.name, report.reason, report.detail
                 )

@@ -10,6 +10,7 @@ import dis
 import functools
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from svg2_compile.passes.graph.known_numbers import linear_difference
 from svg2_compile.passes.graph.nodes import operator_name
 from svg2_compile.passes.graph.values import node_value
 
-__all__ = ["jump_tables", "knowing_outcome"]
+__all__ = ["Jump", "jumps"]
 
 log = get_logger()
 
@@ -29,8 +30,23 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def jump_tables() -> Iterator[tuple[list[Any], int]]:
-    """Where Dynamo keeps what it does at a conditional jump: its tables, and the places in them."""
+@dataclass(frozen=True)
+class Jump:
+    """A conditional jump of Dynamo's: where it is kept, as it is, and as it knows outcomes."""
+
+    table: list[Any]
+    place: int
+    before: Callable[..., Any]
+    knowing: Callable[..., Any]
+
+
+@functools.cache
+def jumps() -> tuple[Jump, ...]:
+    """All conditional jumps. Found once: every call of an enabled model replaces them."""
+    return tuple(Jump(table, place, table[place], _knowing_outcome(table[place])) for table, place in _tables())
+
+
+def _tables() -> Iterator[tuple[list[Any], int]]:
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 
     places = [code for name, code in dis.opmap.items() if "JUMP" in name and "IF" in name]
@@ -42,7 +58,7 @@ def jump_tables() -> Iterator[tuple[list[Any], int]]:
             yield from ((table, place) for place in places if place < len(table))
 
 
-def knowing_outcome(jump: Callable[..., Any]) -> Callable[..., Any]:
+def _knowing_outcome(jump: Callable[..., Any]) -> Callable[..., Any]:
     """A conditional jump of Dynamo's, on a plain bool where the tensor that decides is known."""
 
     @functools.wraps(jump)

@@ -8,7 +8,6 @@ of them replace functions and put them back; where a version of Dynamo has no su
 from __future__ import annotations
 
 import contextlib
-import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from svg2_compile.hosts.branches import jump_tables, knowing_outcome
+from svg2_compile.hosts.branches import jumps
 from svg2_compile.hosts.breaks import noting_breaks
 from svg2_compile.hosts.disabled import looking_through
 from svg2_compile.hosts.host_reads import reading_known_numbers
@@ -135,8 +134,9 @@ def _teach(lesson: Lesson, look_through: bool) -> None:
 
     for name in ("method_tolist", "method_item"):
         _replace(TensorVariable, name, reading_known_numbers(getattr(TensorVariable, name)), lesson.undo)
-    for table, place in jump_tables():
-        _replace_item(table, place, knowing_outcome(table[place]), lesson.undo)
+    for jump in jumps():
+        jump.table[jump.place] = jump.knowing
+    lesson.undo.append(_forget_jumps)
     method = InstructionTranslatorBase.__dict__["log_graph_break"]
     _replace(InstructionTranslatorBase, "log_graph_break", noting_breaks(method, lesson.breaks), lesson.undo)
     if look_through:
@@ -156,10 +156,9 @@ def _put_back(undo: list[Callable[[], None]]) -> None:
         undo.pop()()
 
 
-def _replace_item(table: list[Any], place: int, value: Any, undo: list[Callable[[], None]]) -> None:
-    before = table[place]
-    table[place] = value
-    undo.append(lambda: operator.setitem(table, place, before))
+def _forget_jumps() -> None:
+    for jump in jumps():
+        jump.table[jump.place] = jump.before
 
 
 def _replace(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
