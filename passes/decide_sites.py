@@ -217,7 +217,7 @@ def _not_followed(layouts: TokenLayouts) -> str:
     if not names:
         return ": compile the whole model, where the video is an input, or keep its tokens in one piece"
     return (
-        f"; not followed: {', '.join(names)}. Reshape, cut and join tokens with operators of PyTorch's in their place"
+        f"; not followed: {', '.join(names)}. Reshape, cut and join tokens by operators of PyTorch's instead"
     )
 
 

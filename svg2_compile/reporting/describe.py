@@ -70,7 +70,7 @@ def _describe(decision: Site | Skip, graph: int) -> SiteReport:
             name=decision.name,
             decision="sparse",
             reason="sparse",
-            detail=_QUANTISED.format(decision.call.form) if decision.call.quantised else "",
+            detail=_QUANTISED.format(decision.call.form) if getattr(decision.call, "quantised", False) else "",
             video_tokens=_count(decision.video_tokens),
             context_tokens=_count(decision.num_tokens - decision.video_tokens),
             num_heads=decision.num_heads,
