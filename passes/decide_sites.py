@@ -5,14 +5,16 @@ Needs: the attentions of find_attention, the layouts of token_layout on the same
     attn1 = scaled_dot_product_attention(query, key, value)              ->  Site: tokens 0 to 8192 are the video
     attn2 = scaled_dot_product_attention(query, text_key, text_value)    ->  Skip: "cross_attention"
 
-An attention becomes a Site where its queries and keys are the same tokens, a part of them is video, nothing but key
-padding masks it, and it is long enough to gain. Everything else becomes a Skip with a stable reason. In doubt: dense.
+An attention becomes a Site where its queries and keys are the same tokens, a part of them is video (in one piece or in
+several), nothing but key padding masks it, and it is long enough to gain. Everything else becomes a Skip with a stable
+reason. In doubt: dense.
 Guarantees: every attention has one decision, in the order of the graph; no guard is added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,9 +26,11 @@ from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATION
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_padding
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
+from svg2_compile.passes.graph.nodes import is_projected
 from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import node_value
-from svg2_compile.passes.layout.axes import Factor, same_length, size_expr
+from svg2_compile.passes.layout.axes import Factor
+from svg2_compile.passes.layout.lengths import same_length, size_expr
 from svg2_compile.passes.sites import Site, SitePolicy, Skip, StaysDense, dense_layer_count, dense_layer_detail
 from svg2_compile.passes.token_layout import TokenLayouts
 from svg2_compile.passes.worth import cluster_counts, with_expected_gain
@@ -45,6 +49,7 @@ def decide_sites(
     regional: bool = False,
     profile: DeviceProfile | None = None,
     first_dense: Callable[[Sequence[str]], int] | None = None,
+    numbers: Mapping[sympy.Symbol, Any] | None = None,
 ) -> list[Site | Skip]:
     """Decide every attention, in the order of the graph.
 
@@ -57,12 +62,13 @@ def decide_sites(
         profile: what the cost model is asked about; None is that of ``device``.
         first_dense: how many of the first of these attentions stay dense, for a caller who knows what comes before
             the graph; None is by ``policy.dense_layers`` of this graph alone.
+        numbers: of all symbols, if the layouts hold for these sizes alone.
     """
     decisions: list[tuple[Any, Site | Skip]] = [
         (found.node, Skip(found.name, found.reason, found.detail)) for found in unreadable
     ]
     profile = profile or profile_for(device)
-    decisions += [(call.node, _decide(call, layouts, policy, device, profile)) for call in calls]
+    decisions += [(call.node, _decide(call, layouts, policy, device, profile, numbers or {})) for call in calls]
     position = {node: i for i, node in enumerate(next(iter(decisions))[0].graph.nodes)} if decisions else {}
     ordered = [decision for _, decision in sorted(decisions, key=lambda pair: position[pair[0]])]
     if not regional:
@@ -104,16 +110,22 @@ def _skip_site(site: Site, reason: str, detail: str) -> Skip:
 
 
 def _decide(
-    call: AttentionCall, layouts: TokenLayouts, policy: SitePolicy, device: torch.device, profile: DeviceProfile
+    call: AttentionCall,
+    layouts: TokenLayouts,
+    policy: SitePolicy,
+    device: torch.device,
+    profile: DeviceProfile,
+    known: Mapping[sympy.Symbol, Any],
 ) -> Site | Skip:
     numbers: dict[str, Any] = {}
     try:
         if device.type not in (*DEFAULT_IMPLEMENTATION, "meta"):
             raise StaysDense("unsupported_device", f"{device.type}; supported: {', '.join(DEFAULT_IMPLEMENTATION)}")
-        batch, num_heads, num_kv_heads, head_dim, tokens = _dimensions(call)
+        batch, num_heads, num_kv_heads, head_dim, tokens = _dimensions(call, known)
         numbers |= {"num_heads": num_heads, "head_dim": head_dim}
         _check_head_dim(call, head_dim, device)
-        video_start, video_tokens = _video_part(call, layouts)
+        parts = _video_parts(call, layouts)
+        video_tokens = plain_size(sympy.Add(*(length for _, length in parts)))
         numbers |= {"video_tokens": video_tokens, "context_tokens": tokens - video_tokens}
         key_padding = _check_call(call)
         num_q_clusters, num_k_clusters = cluster_counts(policy, video_tokens)
@@ -126,7 +138,8 @@ def _decide(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             num_tokens=tokens,
-            video_start=video_start,
+            video_start=parts[0][0] if len(parts) == 1 else 0,
+            video_parts=parts,
             video_tokens=video_tokens,
             key_padding=key_padding,
             num_q_clusters=num_q_clusters,
@@ -140,41 +153,51 @@ def _decide(
 
 def _check_head_dim(call: AttentionCall, head_dim: int, device: torch.device) -> None:
     value = node_value(call.value)
-    widest = max(head_dim, value.shape[-1]) if isinstance(value, torch.Tensor) else head_dim
+    widths = [head_dim, value.shape[-1]] if isinstance(value, torch.Tensor) else [head_dim]
+    widest = max(width for width in widths if isinstance(width, int))
     name = DEFAULT_IMPLEMENTATION.get(device.type)
     limit = IMPLEMENTATIONS[name].max_head_dim if name is not None else None
     if limit is not None and widest > limit:
         raise StaysDense("head_dim", f"head_dim {widest}; the {name} kernels take at most {limit}")
 
 
-def _dimensions(call: AttentionCall) -> tuple[Any, Any, Any, int, Any]:
+def _dimensions(call: AttentionCall, known: Mapping[sympy.Symbol, Any]) -> tuple[Any, Any, Any, int, Any]:
     """Batch, query heads, key heads, head_dim and tokens."""
     query, key = node_value(call.query), node_value(call.key)
     if not isinstance(query, torch.Tensor) or not isinstance(key, torch.Tensor):
         raise StaysDense("unreadable", "query or key is no tensor of the graph")
-    rank = 3 if call.axes == "gnd" else 4
+    rank = 3 if call.axes in ("gnd", "nhd") else 4
     if query.dim() != rank or key.dim() != rank:
         raise StaysDense("unreadable", f"query of rank {query.dim()} and key of rank {key.dim()}; readable: {rank}")
     if call.axes == "gnd":
         heads = kv_heads = call.num_heads or 1
-        batch: Any = FloorDiv(size_expr(query.shape[0]), heads)
+        batch: Any = FloorDiv(size_expr(query.shape[0]), size_expr(heads))
+    elif call.axes == "nhd":
+        batch, heads, kv_heads = call.sequences, query.shape[1], key.shape[1]
     else:
         heads_dim = 1 if call.axes == "bhnd" else 2
         batch, heads, kv_heads = query.shape[0], query.shape[heads_dim], key.shape[heads_dim]
-    head_dim = query.shape[-1]
+    head_dim = _number(query.shape[-1], known)
     if not isinstance(head_dim, int):
-        raise StaysDense("unreadable", "a symbolic head_dim")
-    sizes = (batch, heads, kv_heads, query.shape[call.token_dim])
-    batch, heads, kv_heads, tokens = (plain_size(size_expr(size)) for size in sizes)
+        raise StaysDense("unknown_layout", f"a symbolic head_dim, {head_dim}")
+    sizes = (batch, heads, kv_heads, FloorDiv(size_expr(query.shape[call.token_dim]), call.sequences))
+    batch, heads, kv_heads, tokens = (_number(size, known) for size in sizes)
     return batch, heads, kv_heads, head_dim, tokens
 
 
-def _video_part(call: AttentionCall, layouts: TokenLayouts) -> tuple[Any, Any]:
-    """Start and length of the video on the token axis that queries and keys share."""
-    query = layouts.segments(call.query, call.token_dim)
-    key = layouts.segments(call.key, call.key_token_dim)
+def _number(size: Any, known: Mapping[sympy.Symbol, Any]) -> Any:
+    """A size as an int where it is one, or is known to be one; else the expression."""
+    return plain_size(size_expr(size).xreplace({symbol: sympy.sympify(number) for symbol, number in known.items()}))
+
+
+def _video_parts(call: AttentionCall, layouts: TokenLayouts) -> tuple[tuple[Any, Any], ...]:
+    """Start and length of every piece of the video on the token axis that queries and keys share."""
+    query = layouts.segments(call.query, call.token_dim, call.sequences)
+    key = layouts.segments(call.key, call.key_token_dim, call.sequences)
     if query is None or key is None or not layouts.latent:
-        raise StaysDense("unknown_layout", "it could not be shown where the tokens come from")
+        raise StaysDense("unknown_layout", f"it could not be shown where the tokens come from{_not_followed(layouts)}")
+    if _arrive_as_they_are(query, key, call, layouts):
+        return ((0, plain_size(query[0].length)),)
     query_parts, key_parts = _parts(query, layouts), _parts(key, layouts)
     has_video = [any(is_video for is_video, _ in parts) for parts in (query_parts, key_parts)]
     if not any(has_video):
@@ -186,23 +209,66 @@ def _video_part(call: AttentionCall, layouts: TokenLayouts) -> tuple[Any, Any]:
         for mine, other in zip(query_parts, key_parts, strict=True)
     ):
         raise StaysDense("layout_mismatch", "queries and keys are made of different parts")
-    positions = [index for index, (is_video, _) in enumerate(query_parts) if is_video]
-    if len(positions) != 1:
-        raise StaysDense("multiple_video_segments", "the video is not one piece on the token axis")
-    start = sympy.Add(*(length for _, length in query_parts[: positions[0]]))
-    return plain_size(start), plain_size(query_parts[positions[0]][1])
+    starts = itertools.accumulate((length for _, length in query_parts), initial=sympy.Integer(0))
+    pieces = [(start, length) for start, (is_video, length) in zip(starts, query_parts, strict=False) if is_video]
+    return tuple((plain_size(start), plain_size(length)) for start, length in pieces)
+
+
+def _not_followed(layouts: TokenLayouts) -> str:
+    """The operators on whose outputs nothing is known, and the way out."""
+    names = [str(name) for name, _ in layouts.unruled_ops.most_common(3)]
+    if not names:
+        return ": compile the whole model, where the video is an input, or keep its tokens in one piece"
+    return f"; not followed: {', '.join(names)}. Reshape, cut and join tokens by operators of PyTorch's instead"
+
+
+def _arrive_as_they_are(query: Factor, key: Factor, call: AttentionCall, layouts: TokenLayouts) -> bool:
+    """Whether queries, keys and values are three inputs of the graph of one length.
+
+    A graph break left their projections to another graph. Text that a video attends to is not as long as the video, and
+    tokens that attend to equally many others are clustered as well as those that attend to themselves.
+    """
+    value = layouts.segments(call.value, call.token_dim, call.sequences)
+    tensors = (query, key, value or ())
+    if any(len(segments) != 1 or len(segments[0].sources) != 1 for segments in tensors):
+        return False
+    if any(is_projected(node) for node in (call.query, call.key, call.value)):
+        return False
+    names = {next(iter(segments[0].sources)) for segments in tensors}
+    lengths = [segments[0].length for segments in tensors]
+    if len(names) < 3 or not names <= layouts.inputs:
+        return False
+    if all(same_length(length, lengths[0]) for length in lengths):
+        return True
+    if any(length.free_symbols for length in lengths):
+        raise StaysDense("layout_mismatch", "it is not known whether queries and keys are equally many")
+    return False
 
 
 def _parts(segments: Factor, layouts: TokenLayouts) -> list[tuple[bool, sympy.Expr]]:
     """The segments as (is video, length), neighbours of one kind joined."""
     parts: list[tuple[bool, sympy.Expr]] = []
-    for segment in segments:
-        is_video = bool(segment.sources & layouts.latent)
+    for segment, is_video in zip(segments, _are_video(segments, layouts), strict=True):
         if parts and parts[-1][0] == is_video:
             parts[-1] = (is_video, parts[-1][1] + segment.length)
         else:
             parts.append((is_video, segment.length))
     return parts
+
+
+def _are_video(segments: Factor, layouts: TokenLayouts) -> list[bool]:
+    """Which segments are video. A block may be handed video and text as one tensor: what of it has no position is text.
+
+    [tokens, rotary: 480 | tokens: 24]  ->  the first 480
+    """
+    videos = [segment.sources & layouts.latent for segment in segments]
+    positions = [segment.sources - layouts.latent for segment in segments]
+
+    def lacks_position(index: int) -> bool:
+        alike = [positions[i] for i, video in enumerate(videos) if video == videos[index]]
+        return any(positions[index] < other for other in alike)
+
+    return [bool(video) and not lacks_position(index) for index, video in enumerate(videos)]
 
 
 def _check_call(call: AttentionCall) -> KeyPadding | None:

@@ -33,7 +33,11 @@ class SitePolicy:
 
 @dataclass(frozen=True)
 class Site:
-    """An attention that becomes sparse. Token and cluster counts are ints, or sympy expressions if symbolic."""
+    """An attention that becomes sparse. Token and cluster counts are ints, or sympy expressions if symbolic.
+
+    video_parts: start and length of every piece of the video on the token axis. Several are brought together at its
+    start before they are clustered (canonical.py): video_start is 0 then, and video_tokens counts all of them.
+    """
 
     index: int
     name: str
@@ -50,6 +54,7 @@ class Site:
     num_k_clusters: Any
     predicted_speedup: float | None
     expected_density: float | None = None
+    video_parts: tuple[tuple[Any, Any], ...] = ()
 
 
 @dataclass(frozen=True)

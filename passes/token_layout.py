@@ -17,12 +17,15 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import sympy
 from torch import fx
 
-from svg2_compile.passes.layout.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Segment, collapse, make_axis
+from svg2_compile.passes.layout.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Inside, Segment, collapse, make_axis
 from svg2_compile.passes.layout.interpreter import interpret
 from svg2_compile.passes.layout.latent import find_latent
+from svg2_compile.passes.layout.lengths import exact_quotient
 from svg2_compile.passes.layout.mode import AttentionAxes
+from svg2_compile.passes.layout.reshape import reshape
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +46,33 @@ class TokenLayouts:
         """The axes of the tensor that `node` yields; None where it yields no tensor."""
         return self.axes.get(node)
 
-    def segments(self, node: fx.Node, dim: int) -> Factor | None:
-        """Axis `dim` of the tensor of `node` as one concatenation; None where that is unknown or not expressible."""
+    def segments(self, node: fx.Node, dim: int, sequences: int = 1) -> Factor | None:
+        """Axis `dim` of the tensor of `node` as one concatenation; None where that is unknown or not expressible.
+
+        `sequences`: the axis holds so many equal sequences one after the other; what is asked for is one of them.
+        """
         axes = self.axes.get(node)
-        factor = None if axes is None else collapse(axes[dim])
+        axis = None if axes is None else axes[dim]
+        if axis is not None and axis.length is not None and sequences > 1:
+            count = sympy.Integer(sequences)
+            each = exact_quotient(axis.length, count)
+            axis = None if each is None else reshape((axis,), [axis.length], [count, each])[1]
+        factor = None if axis is None else collapse(axis)
         return None if factor is None or any(MIXED in segment.sources for segment in factor) else factor
 
 
-def analyse_token_layout(gm: fx.GraphModule, parameters: Collection[str] | None = None) -> TokenLayouts:
+def analyse_token_layout(
+    gm: fx.GraphModule, parameters: Collection[str] | None = None, concrete: bool = False
+) -> TokenLayouts:
     """Finds where the positions of every axis come from.
 
     `gm`: a graph with fake-tensor metadata (`example_value` of Dynamo, `val` of torch.export). `parameters`: names of
     the placeholders that are parameters, buffers or constants; by default they are recognised by their metadata, in
     graphs of torch.export by the prefixes that it gives (`p_`, `b_`, `c_`): pass them from the graph signature where
-    there is one. Raises ValueError where a placeholder has no metadata.
+    there is one. `concrete`: at the sizes that were traced, which holds for no other (see specialise.py). Raises
+    ValueError where a placeholder has no metadata.
     """
-    found = interpret(gm, parameters)
+    found = interpret(gm, parameters, concrete)
     latent = find_latent(gm, found)
     settled: dict[Axis, Axis] = {}
 
@@ -76,9 +90,16 @@ def analyse_token_layout(gm: fx.GraphModule, parameters: Collection[str] | None 
 
 def _settle(axis: Axis, latent: frozenset[str]) -> Axis:
     """The axis for those who ask what is video: mixed segments are context without the latent, and unknown with it."""
-    mixed = [segment for factor in axis.factors or () for segment in factor if MIXED in segment.sources]
-    if not mixed:
-        return axis
-    if any(segment.sources & latent for segment in mixed):
+    segments = [segment for factor in axis.factors or () for segment in factor]
+    if any(MIXED in segment.sources and segment.sources & latent for segment in segments):
         return UNKNOWN
-    return make_axis(tuple(Segment(s.sources - {MIXED}, s.length) for s in factor) for factor in axis.factors or ())
+    if not any(MIXED in segment.sources or _marks(segment.sources) for segment in segments):
+        return axis
+    return make_axis(
+        tuple(Segment(s.sources - {MIXED} - _marks(s.sources), s.length) for s in factor)
+        for factor in axis.factors or ()
+    )
+
+
+def _marks(sources: frozenset[str]) -> frozenset[str]:
+    return frozenset(source for source in sources if isinstance(source, Inside))

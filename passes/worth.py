@@ -24,6 +24,7 @@ from svg2_compile.passes.cost_model import (
 )
 from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import fake_mode_of_values, node_value
+from svg2_compile.passes.layout.lengths import known_number
 from svg2_compile.passes.sites import Site, SitePolicy, StaysDense
 
 __all__ = ["cluster_counts", "with_expected_gain"]
@@ -107,5 +108,4 @@ def _hint(site: Site, size: Any) -> int | None:
         return None
     # Named var_to_val before torch 2.13.
     known = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
-    value = size.xreplace({symbol: known[symbol] for symbol in size.free_symbols if symbol in known})
-    return None if value.free_symbols else int(value)
+    return known_number(size, known)

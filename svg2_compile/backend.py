@@ -27,6 +27,18 @@ __all__ = ["Svg2Backend", "svg2"]
 log = get_logger()
 
 _graph_numbers = itertools.count()
+_SAID = frozenset(
+    {
+        "cost",
+        "short_sequence",
+        "unknown_layout",
+        "layout_mismatch",
+        "foreign_backend",
+        "unreadable",
+        "several_sequences",
+    }
+)
+"""Reasons for which an attention over a video may stay dense though it need not: they are said once."""
 
 
 def svg2(
@@ -97,8 +109,16 @@ class Svg2Backend:
         sparse = None
         if compilation.spec is not None:
             sparse = CompiledGraph(compilation.gm, input_values(compilation.gm), self._compile_inner)
-        program = self._program(name, compilation, dense, sparse)
-        self._compile_first(program, example_inputs)
+        try:
+            program = self._program(name, compilation, dense, sparse)
+            self._compile_first(program, example_inputs)
+        except torch._dynamo.exc.TorchDynamoException:
+            raise  # Dynamo asks for a new start, or says that the graph itself cannot be compiled
+        except Exception as error:
+            if self.config.strict or sparse is None:
+                raise
+            self._say_what_failed(name, "compiling the sparse graph", error)
+            return dense.compile(example_inputs)
         return program
 
     def _analyse_and_rewrite(self, gm: fx.GraphModule, name: str) -> Compilation | None:
@@ -114,13 +134,16 @@ class Svg2Backend:
         except Exception as error:
             if self.config.strict:
                 raise
-            self.session.once.warning(
-                f"failed {name}",
-                "%s stays dense: a compiler pass failed with %s: %s. strict=True raises it.",
-                *(name, type(error).__name__, error),
-            )
-            log.debug("pass failure", exc_info=True)
+            self._say_what_failed(name, "a compiler pass", error)
             return None
+
+    def _say_what_failed(self, name: str, what: str, error: Exception) -> None:
+        self.session.once.warning(
+            f"failed {name}",
+            "%s stays dense: %s failed with %s: %s. strict=True raises it.",
+            *(name, what, type(error).__name__, error),
+        )
+        log.debug("failure of %s", what, exc_info=error)
 
     def _program(
         self, name: str, c: Compilation, dense: CompiledGraph, sparse: CompiledGraph | None
@@ -141,7 +164,7 @@ class Svg2Backend:
 
     def _say_what_stays_dense(self, reports: Sequence[SiteReport]) -> None:
         for report in reports:
-            if report.reason in ("cost", "short_sequence", "unknown_layout", "foreign_backend", "unreadable"):
+            if report.reason in _SAID:
                 self.session.once.warning(
                     report.reason, "%s stays dense (%s): %s", report.name, report.reason, report.detail
                 )

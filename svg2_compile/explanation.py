@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from svg2_compile.hosts.dynamo import enabled_dynamo_settings
+from svg2_compile.hosts.dynamo import enabled_dynamo_settings, forgotten_frames, noted_breaks
 from svg2_compile.passes.cost_model import DeviceProfile, profile_named
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.values import graph_device
@@ -57,10 +57,11 @@ def explain(
     enabled = _explain_once(module, config, target, args, kwargs, enabled_dynamo_settings())
     if len(enabled.graph_breaks) >= len(plain.graph_breaks):
         return plain
+    dynamic = any("Dynamic shape operator" in reason for reason in plain.graph_breaks)
     enabled.notes.append(
         f"Plain torch.compile breaks this model into {len(plain.graphs)} graphs and leaves attention in between to "
-        "eager. As shown here it runs with svg2_compile.enable(), or with "
-        "torch._dynamo.config.capture_dynamic_output_shape_ops = True."
+        "eager. As shown here it runs with svg2_compile.enable()"
+        + (", or with torch._dynamo.config.capture_dynamic_output_shape_ops = True." if dynamic else ".")
     )
     enabled.graph_breaks = plain.graph_breaks
     return enabled
@@ -87,9 +88,9 @@ def _explain_once(
         return gm.forward
 
     counters = torch._dynamo.utils.counters
-    before, frames_before = dict(counters["graph_break"]), dict(counters["frames"])
+    frames_before = dict(counters["frames"])
     try:
-        with torch.no_grad(), settings:
+        with torch.no_grad(), settings, forgotten_frames(), noted_breaks() as breaks:
             torch.compile(module._call_impl, backend=analyse)(*args, **kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         if not result.graphs:
@@ -98,7 +99,7 @@ def _explain_once(
             f"The run after the first {len(result.graphs)} graph(s) needs the values of tensors ({error}), which fake "
             "tensors do not have: attentions after a graph break are missing here."
         )
-    result.graph_breaks = [r for r, count in counters["graph_break"].items() if count > before.get(r, 0)]
+    result.graph_breaks = [f"{place}: {reason}" for place, reason in breaks.items()]
     total, traced = (counters["frames"][key] - frames_before.get(key, 0) for key in ("total", "ok"))
     if total > traced:
         # A graph break inside a loop leaves the whole function to eager, without an entry among the breaks.

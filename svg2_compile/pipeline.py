@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -14,11 +16,21 @@ from svg2_compile.logs.dumps import dump_graph
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.find import find_attention
+from svg2_compile.passes.canonical import canonical_sites, erase_unused
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
 from svg2_compile.passes.decide_sites import decide_sites
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
+from svg2_compile.passes.inline_subgraphs import inline_subgraphs
 from svg2_compile.passes.sites import Site, Skip
 from svg2_compile.passes.sparsify import SparseSite, sparsify
+from svg2_compile.passes.specialise import (
+    can_specialise,
+    guard_signs,
+    negative_sizes,
+    specialise,
+    traced_sizes,
+    with_numbers,
+)
 from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
 from svg2_compile.reporting.records import GraphReport
@@ -36,7 +48,8 @@ class Compilation:
     gm is rewritten in place; hand in a copy. regional: True if the graph is known to be one layer among many, False
     if it is known to be a whole model, None to decide by whether the timestep enters the graph. name: for messages and
     the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata. profile:
-    of the device that speed is estimated for, None for ``device``. first_dense: as of decide_sites.
+    of the device that speed is estimated for, None for ``device``. first_dense: as of decide_sites. specialised: the
+    decisions hold for the traced sizes only.
     """
 
     gm: fx.GraphModule
@@ -52,6 +65,7 @@ class Compilation:
     calls: list[AttentionCall] = field(default_factory=list)
     unreadable: list[UnreadableAttention] = field(default_factory=list)
     decisions: list[Site | Skip] = field(default_factory=list)
+    specialised: bool = False
     sparse_sites: list[SparseSite] = field(default_factory=list)
     spec: StateSpec | None = None
     pass_seconds: dict[str, float] = field(default_factory=dict)
@@ -93,6 +107,7 @@ class Pass:
 
 
 def _token_layout(c: Compilation) -> None:
+    inline_subgraphs(c.gm)
     c.layouts = analyse_token_layout(c.gm, c.parameters)
 
 
@@ -110,17 +125,73 @@ def _find_time_inputs(c: Compilation) -> None:
 
 def _decide_sites(c: Compilation) -> None:
     assert c.layouts is not None
-    policy = c.config.site_policy()
-    c.decisions = decide_sites(
-        *(c.calls, c.unreadable, c.layouts, policy, c.device),
-        regional=bool(c.regional),
-        profile=c.profile,
-        first_dense=c.first_dense,
+    c.decisions = _decisions_with(c, c.layouts)
+    negative = negative_sizes(c.gm)
+    if can_specialise(c.gm) and (negative or _is_undecided(c.decisions)):
+        _decide_by_numbers(c, negative)
+    elif negative:
+        c.decisions = [_of_unknown_sign(decision) for decision in c.decisions]
+
+
+def _decide_by_numbers(c: Compilation, negative: bool) -> None:
+    """Decide anew at the sizes that were traced; keep that where more becomes sparse by it."""
+    numbers = traced_sizes(c.gm)
+    calls, unreadable = find_attention(c.gm, numbers)
+    layouts = analyse_token_layout(c.gm, c.parameters, concrete=True)
+    by_numbers = replace(c, calls=calls, unreadable=unreadable)
+    decisions = with_numbers(_decisions_with(by_numbers, layouts, numbers), c.gm)
+    if negative or _count_sites(decisions) > _count_sites(c.decisions):
+        c.calls, c.unreadable, c.layouts, c.decisions, c.specialised = calls, unreadable, layouts, decisions, True
+    else:  # what stays dense all the same has its reason from what is known of these sizes
+        pairs = zip(c.decisions, decisions, strict=True)
+        c.decisions = [new if isinstance(old, Skip) and isinstance(new, Skip) else old for old, new in pairs]
+
+
+def _decisions_with(
+    c: Compilation, layouts: TokenLayouts, numbers: Mapping[sympy.Symbol, Any] | None = None
+) -> list[Site | Skip]:
+    policy, regional = c.config.site_policy(), bool(c.regional)
+    rest: dict[str, Any] = {
+        "regional": regional,
+        "profile": c.profile,
+        "numbers": numbers,
+        "first_dense": c.first_dense,
+    }
+    return decide_sites(c.calls, c.unreadable, layouts, policy, c.device, **rest)
+
+
+_LEFT_OPEN = frozenset({"unknown_layout", "layout_mismatch", "several_sequences", "unreadable"})
+"""Reasons that symbols may be to blame for."""
+
+
+def _is_undecided(decisions: list[Site | Skip]) -> bool:
+    return any(isinstance(decision, Skip) and decision.reason in _LEFT_OPEN for decision in decisions)
+
+
+def _count_sites(decisions: list[Site | Skip]) -> int:
+    return sum(isinstance(decision, Site) for decision in decisions)
+
+
+def _of_unknown_sign(decision: Site | Skip) -> Site | Skip:
+    if isinstance(decision, Skip):
+        return decision
+    return Skip(
+        decision.name, "unknown_layout", "a number that may be negative, and that no guard can check, is a size"
     )
 
 
+def _guard_sizes(c: Compilation) -> None:
+    if c.specialised:
+        specialise(c.gm)
+    elif c.sites:
+        guard_signs(c.gm)
+
+
 def _sparsify(c: Compilation) -> None:
-    c.sparse_sites = sparsify(c.gm, c.sites, c.config.sparsity_policy())
+    _guard_sizes(c)
+    sites = canonical_sites(c.gm, c.sites)
+    c.sparse_sites = sparsify(c.gm, sites, c.config.sparsity_policy())
+    erase_unused(c.gm, sites)
 
 
 def _hoist_centroids(c: Compilation) -> None:

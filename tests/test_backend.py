@@ -304,3 +304,22 @@ def test_dumps_show_the_graph_before_and_after(tmp_path):
     ]  # fmt: skip
     assert "svg2.kmeans" in (folder / "04_sparsify.after.py").read_text()
     assert "svg2_iters" in (folder / "05_hoist_centroids.after.py").read_text()
+
+
+def test_a_sparse_graph_that_cannot_be_compiled_stays_dense(monkeypatch, caplog):
+    """No failure of ours ends the user's call."""
+
+    def compile_or_fail(gm, *rest, **options):
+        if any("svg2" in str(node.target) for node in gm.graph.nodes):
+            raise NotImplementedError("no code for this")
+        return compile_inner(gm, *rest, **options)
+
+    monkeypatch.setattr("svg2_compile.backend.compile_inner", compile_or_fail)
+    module, inputs = build("wan_t2v")
+    compiled = torch.compile(module, backend="svg2", options={**IDENTITY, "strict": False})
+    with torch.no_grad():
+        assert_close(first_output(compiled, inputs), first_output(module, inputs))
+    assert "no code for this" in caplog.text
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="no code for this"):
+        torch.compile(module, backend="svg2", options=IDENTITY)(**inputs)

@@ -37,7 +37,7 @@ ROOMS = {
     "runtime": "codegen logs passes reporting settings",
     "pipeline": "logs passes passes.attention reporting settings",
     "backend": "codegen logs passes.graph pipeline reporting runtime settings",
-    "hosts": "backend logs reporting runtime",
+    "hosts": "backend logs passes.graph reporting runtime",
     "explanation": "hosts passes passes.graph pipeline reporting settings",
     "export": "codegen hosts logs passes passes.attention passes.graph kernels pipeline reporting runtime settings",
     "api": "backend export hosts reporting runtime settings",

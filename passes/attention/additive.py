@@ -12,9 +12,9 @@ from typing import Any
 from torch import fx
 
 from svg2_compile.passes.attention.spellings import COPIES, MASKED_FILL, MOVES, MULTIPLY
-from svg2_compile.passes.graph.nodes import bind_arguments, is_bool, operator_name
+from svg2_compile.passes.graph.nodes import bind_arguments, is_bool, is_written, operator_name
 
-__all__ = ["MOST_EXCLUDING_BIAS", "excluding_value"]
+__all__ = ["MOST_EXCLUDING_BIAS", "excluding_value", "is_zero"]
 
 # A bias at most this large leaves a key no weight: exp(-1000) is zero in every dtype.
 MOST_EXCLUDING_BIAS = -1000.0
@@ -35,6 +35,18 @@ def excluding_value(node: fx.Node) -> float | None:
             return _of_where(node)
         return None
     return None
+
+
+def is_zero(node: fx.Node) -> bool:
+    """Whether a mask is zero everywhere: made so, and written by nobody since."""
+    current: Any = node
+    while isinstance(current, fx.Node):
+        if is_written(current):
+            return False
+        if operator_name(current) not in COPIES | MOVES or not current.args:
+            return _number_of(current) == 0.0
+        current = current.args[0]
+    return False
 
 
 def _of_product(node: fx.Node) -> float | None:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
-__all__ = ["AttentionCall", "UnreadableAttention"]
+__all__ = ["AttentionCall", "KeyMask", "UnreadableAttention"]
+
+
+@dataclass(frozen=True)
+class KeyMask:
+    """Which keys are attended, as FlexAttention says it: a graph (batch, head, query, key, *operands) -> bool that
+    reads neither head nor query. operands: nodes of the graph around it."""
+
+    body: fx.GraphModule
+    operands: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -14,9 +24,14 @@ class AttentionCall:
     """One attention: softmax(scale * query @ key^T + mask) @ value.
 
     node: yields the attention's output alone, in the layout ``axes``. query, key, value: its inputs. axes: "bhnd"
-    ([B, H, N, D]), "bnhd" or "gnd" ([B * num_heads, N, D]). key_transposed: the last two axes of key are swapped.
+    ([B, H, N, D]), "bnhd", "gnd" ([B * num_heads, N, D]) or "nhd" ([sequences * N, H, D]). key_transposed: the last two
+    axes of key are swapped.
     attn_mask: bool (True = attend, or False = attend where mask_excludes) or additive; in "gnd" calls broadcastable to
     [B, num_heads, N, N]. scale: None means 1 / sqrt(head_dim). form: which spelling was read. name: module path.
+    out_axes: of the output, where it is not ``axes``. sequences: of a "nhd" call, all of one length. ends: an int
+    tensor of two, the second of which is where the only sequence ends; what follows is padding. key_mask: which keys
+    are attended. source: the operator with several outputs of which ``node`` is one. quantised: it computes with fewer
+    bits than its inputs have, by design.
     """
 
     node: fx.Node
@@ -29,15 +44,21 @@ class AttentionCall:
     is_causal: bool = False
     dropout_p: float = 0.0
     axes: str = "bhnd"
+    out_axes: str | None = None
     key_transposed: bool = False
     num_heads: int | None = None
     form: str = "sdpa"
     name: str = ""
+    sequences: int = 1
+    ends: fx.Node | None = None
+    key_mask: KeyMask | None = None
+    source: fx.Node | None = None
+    quantised: bool = False
 
     @property
     def token_dim(self) -> int:
         """Which axis of the query holds the tokens."""
-        return 2 if self.axes == "bhnd" else 1
+        return {"bhnd": 2, "nhd": 0}.get(self.axes, 1)
 
     @property
     def key_token_dim(self) -> int:

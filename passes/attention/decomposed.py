@@ -1,10 +1,11 @@
 """Read an attention that is spelled out: softmax(query @ key^T * scale + mask) @ value.
 
 A guarded walk from the softmax, upwards to the first matrix product and downwards to the second; whatever lies on the
-way and is not understood makes the attention unreadable. Two batched layouts are read:
+way and is not understood makes the attention unreadable. Batched layouts are read:
 
     matmul on [B, H, N, D]                                                     -> axes "bhnd"
     bmm on [B * H, N, D], with views to [B, H, N, N] around the softmax or not -> axes "gnd"
+    einsum on any order of these axes, see einsum.py                           -> "bhnd", "bnhd" or "gnd"
 
 A softmax that has no matrix product on both sides is no attention.
 """
@@ -19,6 +20,7 @@ from torch import fx
 
 from svg2_compile.passes.attention.additive import MOST_EXCLUDING_BIAS
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
+from svg2_compile.passes.attention.einsum import einsum_layout, einsum_operands
 from svg2_compile.passes.attention.safe_softmax import guarded_weights
 from svg2_compile.passes.attention.spellings import (
     ADD,
@@ -74,6 +76,8 @@ def read_decomposed(node: fx.Node) -> AttentionCall | UnreadableAttention | None
         ):
             raise _NotUnderstood("the attention weights are used elsewhere")
         consumer = _sole_consumer(weights.node, product)
+        if "einsum" in (operator_name(scores.product), operator_name(product)):
+            return _einsum_call(node, product, scores, consumer)
         names = ("input", "batch1", "batch2") if operator_name(scores.product) == "baddbmm" else ("batch1", "batch2")
         operands = dict(zip(names, scores.product.args, strict=False))
         call = _make_call(node, product, scores, operands.get("batch1"), operands.get("batch2"), consumer)
@@ -110,6 +114,24 @@ def _make_call(
     )
 
 
+def _einsum_call(softmax: fx.Node, product: fx.Node, scores: _Scores, weights: fx.Node) -> AttentionCall:
+    first, second = einsum_operands(scores.product), einsum_operands(product)
+    layout = einsum_layout(scores.product, product) if first is not None and second is not None else None
+    if first is None or second is None or layout is None or second[0] is not weights:
+        raise _NotUnderstood("an einsum that is not query @ key^T or weights @ value")
+    return AttentionCall(
+        *(product, first[0], first[1], second[1]),
+        attn_mask=scores.mask,
+        mask_excludes=scores.mask_excludes,
+        scale=scores.scale,
+        axes=layout.axes,
+        out_axes=None if layout.out_axes == layout.axes else layout.out_axes,
+        num_heads=scores.heads if layout.axes == "gnd" else None,
+        form="decomposed",
+        name=module_path(softmax),
+    )
+
+
 def _read_scores(softmax: fx.Node, guards: frozenset[fx.Node]) -> _Scores:
     """Walk up from the softmax to query @ key^T, collecting scale and mask."""
     scores = _Scores(softmax)
@@ -120,7 +142,7 @@ def _read_scores(softmax: fx.Node, guards: frozenset[fx.Node]) -> _Scores:
         name = operator_name(current)
         if len(users_of(current) - guards) != 1:
             raise _NotUnderstood(f"the scores ({name}) are used elsewhere")
-        if name in MATMUL:
+        if name in MATMUL | {"einsum"}:
             scores.product = current
             return scores
         if name == "baddbmm":
@@ -209,7 +231,7 @@ def _leads_to_product(node: fx.Node, depth: int = 6) -> bool:
     """Whether only casts, views and scaling lie between ``node`` and a matrix product above it."""
     for _ in range(depth):
         name = operator_name(node)
-        if name in MATMUL or name == "baddbmm":
+        if name in MATMUL or name in ("baddbmm", "einsum"):
             return True
         if name not in _ON_THE_WAY:
             return False
@@ -232,7 +254,8 @@ def _product_below(softmax: fx.Node) -> fx.Node | None:
     current = softmax
     for _ in range(8):
         for user in users_of(current):
-            if operator_name(user) in MATMUL:
+            operands = einsum_operands(user)
+            if operator_name(user) in MATMUL or (operands is not None and operands[0] is current):
                 return user
         followed = [user for user in users_of(current) if operator_name(user) in COPIES | RESHAPES | DROPOUT]
         if not followed:

@@ -7,6 +7,8 @@ Read are, in Dynamo's torch-level graphs and in ATen graphs alike:
     scaled_dot_product_attention(query, key, value, ...)     positional or keyword arguments, [B, H, N, D]
     aten._scaled_dot_product_{flash,efficient,cudnn,...}     PyTorch's fused kernels, several outputs
     aten._{flash,efficient}_attention_forward                the same one level lower, [B, N, H, D]
+    flash-attn, sageattention, xformers, PyTorch's varlen     see foreign.py
+    flex_attention without a mask, or with key padding       see flex.py
     softmax(query @ key^T * scale + mask) @ value            see decomposed.py
 
 Every attention ends as an AttentionCall or as an UnreadableAttention that names the way out.
@@ -16,14 +18,18 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.decomposed import read_decomposed
+from svg2_compile.passes.attention.flex import read_flex_attention
+from svg2_compile.passes.attention.foreign import read_foreign_attention
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path, operator_name
 from svg2_compile.passes.graph.values import node_value
 
@@ -31,16 +37,22 @@ __all__ = ["find_attention"]
 
 
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_NATIVE = 'select PyTorch\'s own attention, e.g. model.set_attention_backend("native")'
-_FOREIGN = ("flash_attn", "sageattn", "sage_attn", "xformers", "memory_efficient_attention", "flex_attention", "natten")
+_NATIVE = (
+    "call torch.nn.functional.scaled_dot_product_attention in its place (most model code does where the library is "
+    'missing; diffusers: model.set_attention_backend("native"))'
+)
+_FOREIGN = ("flash_attn", "sageattn", "sage_attn", "xformers", "memory_efficient_attention", "natten")
 
 
-def find_attention(gm: fx.GraphModule) -> tuple[list[AttentionCall], list[UnreadableAttention]]:
-    """List the attentions of ``gm`` in the order of the graph, with unique names."""
+def find_attention(
+    gm: fx.GraphModule, numbers: Mapping[sympy.Symbol, Any] | None = None
+) -> tuple[list[AttentionCall], list[UnreadableAttention]]:
+    """List the attentions of ``gm`` in the order of the graph, with unique names. ``numbers``: of symbols, if known."""
     calls: list[AttentionCall] = []
     unreadable: list[UnreadableAttention] = []
     for node in gm.graph.nodes:
-        found = _read_fused(node) or read_decomposed(node)
+        found = read_foreign_attention(node, numbers or {}) or read_flex_attention(gm, node)
+        found = found or _read_fused(node) or read_decomposed(node)
         if isinstance(found, AttentionCall):
             calls.append(found)
         elif isinstance(found, UnreadableAttention):
@@ -102,7 +114,7 @@ def _with_several_outputs(node: fx.Node, axes: str) -> AttentionCall | Unreadabl
     if 0 not in outputs:
         return None
     call = _call(node, outputs[0], bind_arguments(node, ()), operator_name(node).strip("_"))
-    return replace(call, axes=axes)
+    return replace(call, axes=axes, source=node)
 
 
 def _read_packed(node: fx.Node) -> AttentionCall | UnreadableAttention | None:

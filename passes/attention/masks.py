@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from svg2_compile.passes.attention.additive import MOST_EXCLUDING_BIAS, excluding_value
+from svg2_compile.passes.attention.additive import MOST_EXCLUDING_BIAS, excluding_value, is_zero
 from svg2_compile.passes.attention.call import AttentionCall
 from svg2_compile.passes.attention.spellings import AND, COPIES, TRANSPOSE
 from svg2_compile.passes.graph.nodes import is_bool, operator_name, shape_of
 from svg2_compile.passes.graph.values import node_value
-from svg2_compile.passes.layout.axes import same_length, size_expr
+from svg2_compile.passes.layout.lengths import same_length, size_expr
 
 __all__ = ["KeyPadding", "MaskSkip", "QueryPadding", "read_key_padding"]
 
@@ -59,7 +59,7 @@ class MaskSkip:
 
 def read_key_padding(call: AttentionCall) -> KeyPadding | MaskSkip | None:
     """The key padding of a call; None if it has no mask; a MaskSkip if its mask is anything else."""
-    if call.attn_mask is None:
+    if call.attn_mask is None or (not is_bool(call.attn_mask) and is_zero(call.attn_mask)):
         return None
     mask = _before_query_expansion(call.attn_mask)
     shape = shape_of(mask)

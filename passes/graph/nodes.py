@@ -13,6 +13,9 @@ from svg2_compile.passes.graph.values import node_value
 __all__ = [
     "bind_arguments",
     "is_bool",
+    "is_projected",
+    "is_written",
+    "may_write",
     "module_path",
     "operator_name",
     "shape_of",
@@ -55,6 +58,59 @@ def is_bool(node: fx.Node) -> bool:
 def users_of(node: fx.Node) -> set[fx.Node]:
     """The nodes that use the value of a node; torch.export's assertions about its metadata do not count."""
     return {user for user in node.users if operator_name(user) != "_assert_tensor_metadata"}
+
+
+_WRITES = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"})
+_VIEWS = frozenset(
+    {"view", "reshape", "expand", "unflatten", "flatten", "unsqueeze", "squeeze", "transpose", "permute"}
+)
+_VIEWS |= {"__getitem__", "getitem", "select", "slice", "narrow", "detach", "alias", "chunk", "split", "unbind", "t"}
+
+
+def may_write(user: fx.Node) -> bool:
+    """Whether a node writes to its first argument: an assignment, iadd ..., an operator whose name ends in _."""
+    name = operator_name(user)
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether some node writes to a tensor in place, directly or through a view of it."""
+    return any(
+        (user.args[:1] == (node,) and may_write(user)) or (operator_name(user) in _VIEWS and is_written(user))
+        for user in node.users
+    )
+
+
+_CONTRACTIONS = frozenset(
+    {
+        "linear",
+        "matmul",
+        "__matmul__",
+        "bmm",
+        "mm",
+        "addmm",
+        "baddbmm",
+        "einsum",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+    }
+)
+
+
+def is_projected(node: fx.Node) -> bool:
+    """Whether some matrix product or convolution lies between the inputs of the graph and a node."""
+    seen, waiting = set[fx.Node](), [node]
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op in ("call_function", "call_method") and operator_name(current) in _CONTRACTIONS:
+            return True
+        waiting.extend(current.all_input_nodes)
+    return False
 
 
 # How Dynamo gets at a module whose forward other libraries have wrapped: through their hooks, not through the model.

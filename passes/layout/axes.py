@@ -13,13 +13,21 @@ come from several segments in an order that is not known carries the source `MIX
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv
+
+from svg2_compile.passes.layout.lengths import (
+    Undecided,
+    exact_quotient,
+    longer,
+    same_length,
+    shorter,
+    size_expr,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,61 +69,35 @@ Axes = tuple[Axis, ...]
 MIXED = "<mixed>"
 """The source that marks a segment of positions from several segments in unknown order. No input has this name."""
 NO_SOURCES: frozenset[str] = frozenset()
+
+
+class Inside(str):
+    """The source that marks the inner positions of a concatenation that was split: [text: 6 | video: 24] as [5, 6].
+
+    Alone they come from any of its segments. Inside of the very outer positions that kept the boundaries, they come
+    from what these come from.
+    """
+
+    __slots__ = ("factor",)
+    factor: Factor
+
+    @classmethod
+    def of(cls, factor: Factor) -> Inside:
+        """The mark of positions inside of `factor`."""
+        mark = cls("<inside " + "|".join(f"{'+'.join(sorted(s.sources))}:{s.length}" for s in factor) + ">")
+        mark.factor = factor
+        return mark
+
+    def is_inside(self, outer: Factor) -> bool:
+        """Whether `outer` is the factor, whatever was added to its sources since."""
+        return len(outer) == len(self.factor) and all(
+            mine.sources <= other.sources and same_length(mine.length, other.length)
+            for mine, other in zip(self.factor, outer, strict=True)
+        )
+
+
 UNKNOWN = Axis(None)
 ONE = Axis(())
-
-
-class Undecided(Exception):
-    """Two symbolic lengths cannot be compared without a guard."""
-
-
-def size_expr(size: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
-    """A tensor size as a sympy expression, with floor divisions that leave no remainder carried out."""
-    if isinstance(size, torch.SymInt):
-        return _divided(size.node.expr)
-    return size if isinstance(size, sympy.Expr) else sympy.Integer(size)
-
-
-@lru_cache(maxsize=4096)
-def _divided(expr: sympy.Expr) -> sympy.Expr:
-    def divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-        quotient = exact_quotient(a, b)
-        return FloorDiv(a, b) if quotient is None else quotient
-
-    return expr.replace(FloorDiv, divide) if expr.has(FloorDiv) else expr
-
-
-def same_length(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether two lengths are equal for every value of their symbols (False also where that cannot be shown)."""
-    if a == b:
-        return True
-    if a.is_number and b.is_number:
-        return False
-    return bool(_vanishes(a, b))
-
-
-@lru_cache(maxsize=4096)
-def _vanishes(a: sympy.Expr, b: sympy.Expr) -> bool:
-    return bool(sympy.expand(a - b) == 0)
-
-
-@lru_cache(maxsize=4096)
-def exact_quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
-    """`a / b` where b is known to divide a, else None."""
-    if a.is_Integer and b.is_Integer:
-        return a // b if b != 0 and a % b == 0 else None
-    quotient = sympy.cancel(sympy.expand(a) / sympy.expand(b))
-    return quotient if sympy.fraction(quotient)[1] == 1 else None
-
-
-def not_less(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether `a >= b`. Raises `Undecided` where symbols leave it open."""
-    difference = sympy.expand(a - b)
-    if difference.is_nonnegative:
-        return True
-    if difference.is_negative:
-        return False
-    raise Undecided
 
 
 def factor_length(factor: Factor) -> sympy.Expr:
@@ -134,7 +116,20 @@ def make_axis(factors: Iterable[Factor]) -> Axis:
             outer = result.pop()[0]
             factor = (Segment(outer.sources, outer.length * factor[0].length),)
         result.append(factor)
+        if len(result) > 1 and (joined := _joined_again(*result[-2:])) is not None:
+            result[-2:] = [joined]
     return Axis(tuple(result))
+
+
+def _joined_again(outer: Factor, inner: Factor) -> Factor | None:
+    """A concatenation that was split into `outer` and `inner`, as one again; None where they are none."""
+    marks = [source for source in inner[0].sources if isinstance(source, Inside)] if len(inner) == 1 else []
+    for mark in marks:
+        if mark.is_inside(outer):
+            added = inner[0].sources - blend(mark.factor) - {mark}
+            length = inner[0].length
+            return tuple(Segment(s.sources | added, sympy.expand(s.length * length)) for s in outer)
+    return None
 
 
 def _join_segments(segments: Iterable[Segment]) -> Factor:
@@ -159,10 +154,17 @@ def constant(length: int | torch.SymInt | sympy.Expr) -> Axis:
 
 
 def blended_sources(axis: Axis) -> frozenset[str] | None:
-    """The sources of positions taken from anywhere on the axis, `MIXED` where it has a boundary; None if unknown."""
-    if axis.factors is None:
-        return None
-    return axis.sources | {MIXED} if has_boundary(axis) else axis.sources
+    """The sources of positions taken from anywhere on the axis, `MIXED` where they differ; None if unknown."""
+    return None if axis.factors is None else NO_SOURCES.union(*map(blend, axis.factors))
+
+
+def blend(factor: Factor) -> frozenset[str]:
+    """The sources of positions taken from anywhere on a concatenation, `MIXED` where they differ.
+
+    Constants count as nothing: a padded video that is resampled is a video.
+    """
+    different = {segment.sources for segment in factor if segment.sources}
+    return NO_SOURCES.union(*different, {MIXED} if len(different) > 1 else ())
 
 
 def has_boundary(axis: Axis) -> bool:
@@ -171,11 +173,15 @@ def has_boundary(axis: Axis) -> bool:
 
 
 def collapse(axis: Axis) -> Factor | None:
-    """The axis read as one concatenation (a product with a boundary inside is one mixed segment); None if unknown."""
+    """The axis as one concatenation; None if unknown. A boundary inside an inner factor makes it one mixed segment."""
     if axis.factors is None:
         return None
     if len(axis.factors) == 1:
         return axis.factors[0]
+    if axis.factors and not any(len(factor) > 1 for factor in axis.factors[1:]):
+        inner = NO_SOURCES.union(*(segment.sources for factor in axis.factors[1:] for segment in factor))
+        length = sympy.Mul(*(factor_length(factor) for factor in axis.factors[1:]))
+        return _join_segments(Segment(s.sources | inner, sympy.expand(s.length * length)) for s in axis.factors[0])
     length = axis.length
     assert length is not None  # the axis is known
     return (Segment(blended_sources(axis) or NO_SOURCES, length),)
@@ -245,13 +251,15 @@ def cut(axis: Axis, start: sympy.Expr, length: sympy.Expr) -> Axis:
 
 
 def _cut_factor(factor: Factor, start: sympy.Expr, length: sympy.Expr) -> Factor:
+    stop = start + length
+    boundaries = list(itertools.accumulate((segment.length for segment in factor), initial=sympy.Integer(0)))
+    first = next((i for i, place in enumerate(boundaries) if same_length(place, start)), None)
+    last = next((i for i, place in enumerate(boundaries) if same_length(place, stop)), None)
+    if first is not None and last is not None and first <= last:
+        return factor[first:last]
     result = []
-    begin, stop = sympy.Integer(0), start + length
-    for segment in factor:
-        end = begin + segment.length
-        low = begin if not_less(begin, start) else start
-        high = end if not_less(stop, end) else stop
-        if not_less(high, low):
+    for segment, (begin, end) in zip(factor, itertools.pairwise(boundaries), strict=True):
+        low, high = longer(begin, start), shorter(end, stop)
+        if longer(high, low) == high:
             result.append(Segment(segment.sources, sympy.expand(high - low)))
-        begin = end
     return tuple(result)

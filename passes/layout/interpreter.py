@@ -12,7 +12,7 @@ import contextlib
 import logging
 import operator
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,14 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from svg2_compile.passes.graph.foreign_attention import ForeignAttention, read_foreign
 from svg2_compile.passes.graph.values import copy_number, fake_mode_of, has_number, is_parameter, node_value
 from svg2_compile.passes.layout.axes import Axes, single
 from svg2_compile.passes.layout.in_place import last_writes
+from svg2_compile.passes.layout.lengths import known_number
 from svg2_compile.passes.layout.mode import AttentionAxes, LayoutMode, SharedValueWritten
 from svg2_compile.passes.layout.op_call import constant_axes, fit, sizes_of, unknown_axes
 from svg2_compile.passes.layout.shared_values import SharedValues
@@ -61,21 +64,27 @@ class Interpretation:
     """The size that a symbol had in the example inputs; none for sizes that depend on data."""
 
 
-def interpret(gm: fx.GraphModule, parameters: Collection[str] | None) -> Interpretation:
-    """Interprets `gm` abstractly. Raises ValueError where a placeholder has no metadata."""
+def interpret(gm: fx.GraphModule, parameters: Collection[str] | None, concrete: bool = False) -> Interpretation:
+    """Interprets `gm` abstractly, with `concrete` at the sizes that were traced.
+
+    Raises ValueError where a placeholder has no metadata, or where `concrete` finds a size that depends on data.
+    """
     try:
-        return _Interpreter(gm, parameters, share=True).interpretation()
+        return _Interpreter(gm, parameters, concrete, share=True).interpretation()
     except SharedValueWritten:
-        return _Interpreter(gm, parameters, share=False).interpretation()
+        return _Interpreter(gm, parameters, concrete, share=False).interpretation()
 
 
 class _Interpreter:
-    def __init__(self, gm: fx.GraphModule, parameters: Collection[str] | None, share: bool) -> None:
+    def __init__(self, gm: fx.GraphModule, parameters: Collection[str] | None, concrete: bool, share: bool) -> None:
         self._gm = gm
         self._parameters = parameters
         self._mode = LayoutMode()
         self._values = SharedValues(self._mode) if share else None
-        self._fake_mode = fake_mode_of(gm)
+        own_mode = fake_mode_of(gm)
+        self._known = dict(getattr(own_mode.shape_env, "backed_var_to_val", {}))
+        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if concrete else own_mode
+        self._concrete = concrete
         self._env: dict[fx.Node, Any] = {}
         self._last_write = last_writes(gm.graph)
         self._written_by: dict[fx.Node, list[fx.Node]] = {}
@@ -95,7 +104,7 @@ class _Interpreter:
                     self._set(node, self._run_node(node, self._gm))
                     self._settle_written_by(node)
         self._found.attentions = list(self._mode.attentions)
-        self._found.example_of = dict(getattr(self._fake_mode.shape_env, "backed_var_to_val", {}))
+        self._found.example_of = self._known
         return self._found
 
     @contextlib.contextmanager
@@ -130,7 +139,7 @@ class _Interpreter:
     def _run_node(self, node: fx.Node, owner: torch.nn.Module) -> Any:
         if node.op == "get_attr":
             return self._attribute(node, owner)
-        value = node_value(node)
+        value = self._number(node_value(node))
         if isinstance(value, _SCALAR):
             return value  # the symbols of the graph itself, where running the node could make new ones
         name = getattr(node.target, "__name__", str(node.target))
@@ -144,6 +153,9 @@ class _Interpreter:
             return self._autocast(node.target, args)
         if getattr(node.target, "__module__", None) in _FUNCTORCH:
             return self._from_metadata(node, name)  # entering a vmap for real would leave it entered on an error
+        foreign = read_foreign(node)
+        if foreign is not None:
+            return self._foreign_attention(node, foreign)
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._call_subgraph(node, name, args, owner)
         return self._compute(node, args, kwargs)
@@ -181,12 +193,18 @@ class _Interpreter:
 
     def _flex_attention(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
         query, key, value = (self._mode.axes_of(tensor) for tensor in args[:3])
-        self._mode.note_attention(query[-2], key[-2], [])
+        self._mode.note_attention(query[-2], key[-2], [value[-2]])
         axes = {4: (*query[:-1], value[-1]), 3: query[:-1]}  # the output, and its statistics
-        return tree_map(
-            lambda v: self._fresh(v, axes.get(v.dim(), unknown_axes(v)), node) if isinstance(v, torch.Tensor) else v,
-            node_value(node),
-        )
+        return self._as_in_metadata(node, node_value(node), lambda v: axes.get(v.dim(), unknown_axes(v)))
+
+    def _foreign_attention(self, node: fx.Node, call: ForeignAttention) -> Any:
+        """Another library's operator, which need not run on fake tensors."""
+        query, key, value = (self._mode.axes_of(self._env[operand]) for operand in (call.query, call.key, call.value))
+        token = {"bhnd": -2, "bnhd": 1, "nhd": 0}[call.layout]
+        self._mode.note_attention(query[token], key[token], [value[token]])
+        output = (*query[:-1], value[-1])
+        first = next(leaf for leaf in tree_leaves(node_value(node)) if isinstance(leaf, torch.Tensor))
+        return self._as_in_metadata(node, node_value(node), lambda v: output if v is first else unknown_axes(v))
 
     def _placeholder(self, node: fx.Node) -> Any:
         if "example_value" not in node.meta and "val" not in node.meta:
@@ -194,13 +212,14 @@ class _Interpreter:
                 f"placeholder {node.name!r} of the graph has no fake-tensor metadata (`example_value` or `val`): pass "
                 "a graph from torch.compile or torch.export, or run FakeTensorProp on it first"
             )
-        value = node_value(node)
+        value = self._number(node_value(node))
         constant = is_parameter(node) if self._parameters is None else node.name in self._parameters
         if not constant:
             self._found.inputs |= {node.name}
         if not isinstance(value, torch.Tensor):
             return value
-        axes = constant_axes(value) if constant else tuple(single({node.name}, size) for size in value.shape)
+        shape = self._number(value.shape)
+        axes = tuple(single(() if constant else {node.name}, size) for size in shape)
         return self._fresh(value, axes, node)
 
     def _attribute(self, node: fx.Node, owner: torch.nn.Module) -> Any:
@@ -215,10 +234,31 @@ class _Interpreter:
         known = values.find(like, axes) if values is not None else None
         if known is not None:
             return known
-        tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+        shape, stride = self._number(like.shape), self._number(like.stride())
+        tensor = torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
         self._mode.set_axes(tensor, axes)
-        copy_number(like, tensor)
+        if not self._concrete:
+            copy_number(like, tensor)
         return tensor if values is None else values.canonical(tensor)
+
+    def _number(self, value: Any) -> Any:
+        """Metadata with the sizes that were traced in the place of symbols, if that is asked for."""
+        if not self._concrete:
+            return value
+        if isinstance(value, (tuple, list)):
+            return (
+                type(value)([self._number(item) for item in value])
+                if type(value) in (tuple, list)
+                else tuple(self._number(item) for item in value)
+            )
+        if isinstance(value, torch.SymInt):
+            number = known_number(value.node.expr, self._known)
+            if number is None:
+                raise ValueError(f"the size {value} depends on data")
+            return number
+        if isinstance(value, (torch.SymFloat, torch.SymBool)) and value.node.hint is not None:
+            return value.node.hint
+        return value
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = self._key(node, args, kwargs)
@@ -238,7 +278,7 @@ class _Interpreter:
             return self._from_metadata(node, f"{node.target} ({type(error).__name__})")
         if self._mode.data_dependent:
             return self._with_symbols_of_graph(node, result)
-        if copy_number(node_value(node), result):
+        if not self._concrete and copy_number(node_value(node), result):
             return result
         if key is not None and self._values is not None:
             result = tree_map(self._values.canonical, result)
@@ -256,7 +296,13 @@ class _Interpreter:
         value = node_value(node)
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             self._found.unruled_ops[name] += 1
-        return tree_map(lambda v: self._fresh(v, unknown_axes(v), node) if isinstance(v, torch.Tensor) else v, value)
+        return self._as_in_metadata(node, value, lambda tensor: unknown_axes(tensor))
+
+    def _as_in_metadata(self, node: fx.Node, value: Any, axes_of: Callable[[torch.Tensor], Axes]) -> Any:
+        """Fresh tensors in the place of those of the metadata."""
+        return tree_map(
+            lambda v: self._fresh(v, axes_of(v), node) if isinstance(v, torch.Tensor) else self._number(v), value
+        )
 
     def _with_symbols_of_graph(self, node: fx.Node, result: Any) -> Any:
         """A result of data-dependent size has new symbols; the nodes after it know those of the graph's metadata."""

@@ -4,6 +4,9 @@ A denoiser returns a tensor of its latent's shape, up to the channels. A piece o
 two graph breaks) may return text, audio and intermediate tensors besides, so every output names a candidate with the
 number of its positions, and the longest wins. Where no output tells, the longest segment on any attention's query axis
 does.
+
+Beside it stand other inputs with space and time axes of their own ([B, C, F, H, W]): reference and history frames,
+control videos. Where their positions are tokens, they are tokens of a video.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ import sympy
 from torch import fx
 
 from svg2_compile.passes.graph.values import node_value
-from svg2_compile.passes.layout.axes import Axes, Axis, Factor, collapse, same_length
+from svg2_compile.passes.layout.axes import Axes, Axis, Factor, collapse
 from svg2_compile.passes.layout.interpreter import Interpretation
+from svg2_compile.passes.layout.lengths import known_number, same_length
 
+_VIDEO_RANK = 5
 _BATCHED_RANK = 3
 """From this rank on, the first axis is taken for the batch: every input of a model shares it, so it tells nothing."""
 
@@ -30,7 +35,7 @@ class _Candidate:
 
     name: str
     positions: sympy.Expr
-    positions_in_example: sympy.Expr
+    positions_in_example: int
     same_channels: bool
 
     def beats(self, other: _Candidate | None) -> bool:
@@ -38,12 +43,12 @@ class _Candidate:
         if other is None:
             return True
         if not same_length(self.positions, other.positions):
-            return bool(self.positions_in_example > other.positions_in_example)
+            return self.positions_in_example > other.positions_in_example
         return self.same_channels and not other.same_channels
 
 
 def find_latent(gm: fx.GraphModule, found: Interpretation) -> frozenset[str]:
-    """The name of the video's placeholder; empty where neither outputs nor attentions tell."""
+    """The names of the video's placeholder and of those like it; empty where neither outputs nor attentions tell."""
     best: _Candidate | None = None
     for candidate in _candidates_of_outputs(gm, found):
         if candidate.beats(best):
@@ -53,7 +58,12 @@ def find_latent(gm: fx.GraphModule, found: Interpretation) -> frozenset[str]:
             for candidate in _candidates_of_axis(attention.query, gm, found):
                 if candidate.beats(best):
                     best = candidate
-    return frozenset() if best is None else frozenset({best.name})
+    return frozenset() if best is None else frozenset({best.name}) | _other_videos(gm, found)
+
+
+def _other_videos(gm: fx.GraphModule, found: Interpretation) -> frozenset[str]:
+    placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if node.name in found.inputs]
+    return frozenset(n.name for n in placeholders if len(found.sizes.get(n, ())) >= _VIDEO_RANK and _is_float(n))
 
 
 def _candidates_of_outputs(gm: fx.GraphModule, found: Interpretation) -> Iterator[_Candidate]:
@@ -63,7 +73,8 @@ def _candidates_of_outputs(gm: fx.GraphModule, found: Interpretation) -> Iterato
             continue
         shaped = list(_candidates_by_shape(found.axes[node], found.sizes[node], gm, found))
         yield from shaped
-        if not shaped and len(found.axes[node]) >= _BATCHED_RANK:
+        # Of [B, N, C] a text of as many channels has the shape, too; the longer axis wins.
+        if len(found.axes[node]) == _BATCHED_RANK or (not shaped and len(found.axes[node]) > _BATCHED_RANK):
             for d in _positions(found.axes[node]):
                 yield from _candidates_of_axis(found.axes[node][d], gm, found)
 
@@ -95,7 +106,7 @@ def _candidates_of_axis(axis: Axis, gm: fx.GraphModule, found: Interpretation) -
 
 def _most_elements(names: frozenset[str], gm: fx.GraphModule, found: Interpretation) -> str | None:
     """Tokens have more elements than what is added to all of them (rotary embeddings, time steps); else the first."""
-    best: tuple[sympy.Expr, str] | None = None
+    best: tuple[int, str] | None = None
     for node in gm.graph.find_nodes(op="placeholder"):
         if node.name in names and node in found.sizes and _is_float(node):
             elements = _in_example(sympy.Mul(*found.sizes[node]), found)
@@ -114,7 +125,7 @@ def _positions(axes: Sequence[Axis]) -> range:
     return range(1 if len(axes) >= _BATCHED_RANK else 0, len(axes))
 
 
-def _in_example(length: sympy.Expr, found: Interpretation) -> sympy.Expr:
+def _in_example(length: sympy.Expr, found: Interpretation) -> int:
     # Which input is the video does not depend on its size, so an example may tell; reading it this way adds no guard.
-    known = length.xreplace(found.example_of)
-    return known.xreplace({symbol: sympy.Integer(1) for symbol in known.free_symbols})
+    known = {symbol: found.example_of.get(symbol, sympy.Integer(1)) for symbol in length.free_symbols}
+    return known_number(length, known) or 0

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis, same_length, size_expr
+from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis
+from svg2_compile.passes.layout.lengths import same_length, size_expr
 from svg2_compile.passes.layout.op_call import (
     OpCall,
     arguments_with_defaults,
@@ -43,7 +44,7 @@ class SharedValueWritten(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AttentionAxes:
-    """Axes of one attention: query tokens, key tokens, and every source of its mask's axes."""
+    """Axes of one attention: query tokens, key tokens, and every source of its mask's axes and its value's tokens."""
 
     query: Axis
     key: Axis
@@ -144,6 +145,7 @@ class LayoutMode(TorchDispatchMode):
             token = 1 if packet in TOKEN_MAJOR_ATTENTION else -2
             masks = [call.args.get(name) for name in ("attn_mask", "attn_bias", "bias")]
             found = [axis for mask in masks if isinstance(mask, torch.Tensor) for axis in self.axes_of(mask)]
+            found.append(call.axes("value")[token])
             self.note_attention(call.axes("query")[token], call.axes("key")[token], found)
         elif packet in SOFTMAX_PACKETS and len(call.axes("self")) >= 3:
             self.note_attention(call.axes("self")[-2], call.axes("self")[-1], [])

@@ -11,7 +11,8 @@ import sympy
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis, constant, resample, same_length, size_expr
+from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis, constant, resample
+from svg2_compile.passes.layout.lengths import same_length, size_expr
 
 AxesLookup = Callable[[torch.Tensor], Axes]
 

@@ -17,18 +17,18 @@ from dataclasses import dataclass
 import sympy
 
 from svg2_compile.passes.layout.axes import (
-    MIXED,
     ONE,
     UNKNOWN,
     Axes,
     Axis,
     Factor,
+    Inside,
     Segment,
-    exact_quotient,
+    blend,
     factor_length,
     make_axis,
-    same_length,
 )
+from svg2_compile.passes.layout.lengths import exact_quotient, same_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,10 @@ def _split(piece: _Piece, outer: sympy.Expr, inner: sympy.Expr) -> tuple[_Piece,
         Segment(segment.sources, length) for segment, length in zip(factor, lengths, strict=True) if length is not None
     )
     # The outer positions keep the boundaries where every segment is a whole number of them; the inner ones mix.
-    mixed = frozenset({MIXED}).union(*(segment.sources for segment in factor))
-    outer_factor = segments if len(segments) == len(factor) else (Segment(mixed, outer),)
-    return _Piece(outer_factor, outer), _Piece((Segment(mixed, inner),), inner)
+    mixed = blend(factor)
+    if len(segments) < len(factor):
+        return _Piece((Segment(mixed, outer),), outer), _Piece((Segment(mixed, inner),), inner)
+    return _Piece(segments, outer), _Piece((Segment(mixed | {Inside.of(segments)}, inner),), inner)
 
 
 def _resynchronise(taken: sympy.Expr, pieces: deque[_Piece], sizes: Sequence[sympy.Expr]) -> int:

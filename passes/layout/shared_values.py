@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from svg2_compile.passes.layout.axes import Axes, size_expr
+from svg2_compile.passes.layout.axes import Axes
+from svg2_compile.passes.layout.lengths import size_expr
 from svg2_compile.passes.layout.mode import LayoutMode
 from svg2_compile.passes.layout.op_call import sizes_of
 

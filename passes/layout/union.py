@@ -13,21 +13,18 @@ import sympy
 
 from svg2_compile.passes.layout.axes import (
     MIXED,
-    NO_SOURCES,
     ONE,
     UNKNOWN,
     Axis,
     Factor,
     Segment,
-    Undecided,
     add_sources,
-    exact_quotient,
+    blend,
     factor_length,
     make_axis,
-    not_less,
-    same_length,
     single,
 )
+from svg2_compile.passes.layout.lengths import Undecided, exact_quotient, same_length, shorter
 
 
 def union(a: Axis, b: Axis) -> Axis:
@@ -75,12 +72,9 @@ def _union_segments(left: deque[Segment], right: deque[Segment]) -> Factor:
     """Both concatenations cut at the boundaries of both; what lies between boundaries of unknown order is mixed."""
     before = _common_run(left, right, from_end=False)
     after = _common_run(left, right, from_end=True)
-    rest = [*left, *right]
-    if not rest:
+    if not left and not right:
         return (*before, *after)
-    sources = NO_SOURCES.union(*(segment.sources for segment in rest))
-    if any(segment.sources != sources for segment in rest):
-        sources = sources | {MIXED}
+    sources = blend(tuple(left)) | blend(tuple(right))
     return (*before, Segment(sources, sympy.expand(factor_length(tuple(left or right)))), *after)
 
 
@@ -91,10 +85,9 @@ def _common_run(left: deque[Segment], right: deque[Segment], from_end: bool) -> 
     while left and right:
         a, b = left[end], right[end]
         try:
-            a_is_longer = not same_length(a.length, b.length) and not_less(a.length, b.length)
+            shared = shorter(a.length, b.length)
         except Undecided:
             break
-        shared = b.length if a_is_longer else a.length
         for side, segment in ((left, a), (right, b)):
             if same_length(segment.length, shared):
                 side.pop() if from_end else side.popleft()

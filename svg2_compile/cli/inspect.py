@@ -15,10 +15,17 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Import path of a class (diffusers.WanTransformer3DModel) or FILE.pt2")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Import path of a class (diffusers.WanTransformer3DModel), FILE.pt2, or FILE.py:FUNCTION"),
+    ],
     config: Annotated[Path | None, typer.Option(help="JSON file with the arguments of the class.")] = None,
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="NAME=SHAPE:DTYPE or NAME=NUMBER, such as fps=24; repeatable.")
+    ] = None,
+    call: Annotated[
+        str | None,
+        typer.Option(help="FILE.py:FUNCTION that returns the arguments of a call, for a MODEL of that form."),
     ] = None,
     options: Options = None,
     graph: Annotated[
@@ -44,6 +51,7 @@ def inspect(
     from svg2_compile.export.archive import is_archive
     from svg2_compile.tools import inspect as loader
     from svg2_compile.tools.example_inputs import VideoShape
+    from svg2_compile.tools.own_model import inspect_own_model
 
     try:
         chosen = chosen_options(preset, options)
@@ -55,7 +63,12 @@ def inspect(
             return
         if graph is not None:
             raise ValueError("--graph draws what was rewritten. Valid: a file of svg2 transform.")
-        if model.endswith(".pt2"):
+        is_file = ".py:" in model
+        if is_file != (call is not None):
+            raise ValueError("MODEL and --call go together: --call FILE.py:FUNCTION with a MODEL FILE.py:FUNCTION.")
+        if is_file:
+            report = inspect_own_model(model, str(call), chosen, device)
+        elif model.endswith(".pt2"):
             report = loader.inspect_exported(Path(model), chosen, device)
         else:
             arguments = loader.read_config(config)

@@ -13,17 +13,14 @@ from torch import nn
 
 from svg2_compile.backend import Svg2Backend
 from svg2_compile.hosts.calls import replace_call
+from svg2_compile.hosts.compiled_call import CompiledCall, OwnCode
 from svg2_compile.hosts.diffusers import name_branches
-from svg2_compile.hosts.dynamo import enabled_dynamo_settings
-from svg2_compile.hosts.shared_context import dynamo_context
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.model_call import ModelCall, Part, running_model, running_part
 from svg2_compile.runtime.session import Session, report_of
 from svg2_compile.runtime.time_reader import named_timesteps
 
 __all__ = ["Enabled", "compile_in_place", "compile_parts", "enabled_of", "register", "run_as_model"]
-
-_settings = dynamo_context(enabled_dynamo_settings)
 
 _enabled: weakref.WeakKeyDictionary[Any, Enabled] = weakref.WeakKeyDictionary()
 
@@ -34,10 +31,12 @@ class Enabled:
     Attributes:
         session: clock, centroids, history and compiled programs.
         modules: the models that run through the compiler.
+        code: what their calls are compiled as.
     """
 
     def __init__(self, target: Any, session: Session) -> None:
         self.session = session
+        self.code = OwnCode()
         # Weak, like all that is kept of the target here: the registry of enabled targets must not keep them alive.
         self._modules: list[weakref.ref[nn.Module]] = []
         self._undo: list[Callable[[], None]] = []
@@ -88,8 +87,7 @@ def compile_in_place(
     module: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
 ) -> None:
     """Let calls of ``module``, a whole model, run compiled."""
-    compiled = torch.compile(_own_call(module), backend=backend, fullgraph=fullgraph, dynamic=dynamic)
-    run_as_model(module, label, enabled, lambda *args, **kwargs: _compiled_call(compiled, args, kwargs))
+    run_as_model(module, label, enabled, _compiled(module, backend, enabled, fullgraph, dynamic))
 
 
 def compile_parts(
@@ -113,33 +111,27 @@ def compile_parts(
 def _compile_part(
     part: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, fullgraph: bool, dynamic: bool | None
 ) -> None:
-    compiled = torch.compile(_own_call(part), backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+    compiled = _compiled(part, backend, enabled, fullgraph, dynamic)
     marker = Part(enabled.session, part, label)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with running_part(marker):
-            return _compiled_call(compiled, args, kwargs)
+            return compiled(*args, **kwargs)
 
     _replace_call(part, call, enabled)
 
 
-def _own_call(module: nn.Module) -> Callable[..., Any]:
-    """Calls ``module`` through code of its own.
-
-    Dynamo counts compilations by code object, and gives a function up after too many. All modules share the code of
-    ``_call_impl``: a process that enables a pipeline for each request would use it up.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
-
-    call.__code__ = call.__code__.replace(co_name=f"call_{type(module).__name__}")
-    return call
-
-
-def _compiled_call(compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with _settings():
-        return compiled(*args, **kwargs)
+def _compiled(
+    module: nn.Module, backend: Svg2Backend, enabled: Enabled, fullgraph: bool, dynamic: bool | None
+) -> CompiledCall:
+    session = enabled.session
+    return CompiledCall(
+        *(module, backend, session.once, enabled.code),
+        fullgraph=fullgraph,
+        dynamic=dynamic,
+        read_numbers=bool(backend.regional),
+        forget=session.reset,
+    )
 
 
 def run_as_model(module: nn.Module, label: str, enabled: Enabled, run: Callable[..., Any]) -> None:

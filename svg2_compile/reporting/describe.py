@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["describe"]
 
+_QUANTISED = "in the place of {}, which is quantised by design; dense steps run it as it is"
 SMALLEST_TILE = 32  # rows: smaller query tiles make the largest table of tiles
 
 
@@ -69,7 +70,7 @@ def _describe(decision: Site | Skip, graph: int) -> SiteReport:
             name=decision.name,
             decision="sparse",
             reason="sparse",
-            detail="",
+            detail=_QUANTISED.format(decision.call.form) if getattr(decision.call, "quantised", False) else "",
             video_tokens=_count(decision.video_tokens),
             context_tokens=_count(decision.num_tokens - decision.video_tokens),
             num_heads=decision.num_heads,

@@ -120,6 +120,7 @@ class Report:
         lines = []
         dense = {site.reason: site.detail for site in self.sites if site.decision == "dense" and site.detail}
         lines += [f"{reason}: {detail}" for reason, detail in dense.items()]
+        lines += dict.fromkeys(f"sparse, {site.detail}" for site in self.sparse_sites if site.detail)
         if self.graph_breaks:
             lines.append(f"{len(self.graphs)} graphs, because of {len(self.graph_breaks)} graph break(s):")
             lines += [f"  - {reason}" for reason in self.graph_breaks]

@@ -26,7 +26,14 @@ from svg2_compile.settings.config import Svg2Config
 from svg2_compile.tools.example_inputs import InputsNotFound, VideoShape, find_inputs
 from svg2_compile.tools.shorten import KEPT, leave_first_layers_dense, shortened, with_all_blocks
 
-__all__ = ["InspectError", "inspect_class", "inspect_exported", "parse_dtype", "parse_input", "read_config"]
+__all__ = [
+    "InspectError",
+    "inspect_class",
+    "inspect_exported",
+    "parse_dtype",
+    "parse_input",
+    "read_config",
+]
 
 
 log = get_logger()
@@ -75,7 +82,7 @@ def inspect_class(
         except InputsNotFound as error:
             raise InspectError(str(error)) from error
         report = _explain_shortened(module, found, chosen, device)
-    report.notes.insert(0, "inputs: " + ", ".join(f"{name} {_shape(value)}" for name, value in found.items()))
+    report.notes.insert(0, "inputs: " + ", ".join(f"{name} {shape_in_words(value)}" for name, value in found.items()))
     return report
 
 
@@ -226,5 +233,5 @@ def _full_config(module: nn.Module, cls: type[nn.Module], arguments: Mapping[str
     return {**defaults, **(dict(registered) if isinstance(registered, Mapping) else {}), **arguments}
 
 
-def _shape(value: Any) -> str:
+def shape_in_words(value: Any) -> str:
     return "x".join(map(str, value.shape)) if isinstance(value, torch.Tensor) else str(value)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from svg2_compile.passes.attention.find import find_attention
+from svg2_compile.passes.canonical import canonical_sites, erase_unused
 from svg2_compile.passes.decide_sites import decide_sites
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.sites import Site, SitePolicy, Skip
@@ -105,8 +106,10 @@ def decide(gm: fx.GraphModule, policy: SitePolicy = SITES, **options: Any) -> li
 def rewritten(gm: fx.GraphModule, policy: SparsityPolicy = KEEP_ALL) -> tuple[fx.GraphModule, list[SparseSite]]:
     """A copy of ``gm`` with every site made sparse."""
     copied = copy_graph_module(gm)
-    sites = [decision for decision in decide(copied) if isinstance(decision, Site)]
-    return copied, sparsify(copied, sites, policy)
+    sites = canonical_sites(copied, [decision for decision in decide(copied) if isinstance(decision, Site)])
+    records = sparsify(copied, sites, policy)
+    erase_unused(copied, sites)
+    return copied, records
 
 
 def assert_unchanged(gm: fx.GraphModule, inputs: list[Any], expected: torch.Tensor) -> None:

@@ -46,6 +46,12 @@ def test_context_before_and_after():
     assert places == [(6, 21, 27), (0, 21, 27), (6, 21, 33)]
 
 
+def test_a_video_in_several_pieces():
+    (site,) = _decide_mixed(lambda v, t: (torch.cat([t, v, t, v], 1),) * 2)
+    assert (site.video_start, site.video_tokens, site.num_tokens) == (0, 42, 54)
+    assert site.video_parts == ((6, 21), (33, 21))
+
+
 @pytest.mark.parametrize(
     ("mix", "reason"),
     [
@@ -54,7 +60,6 @@ def test_context_before_and_after():
         (lambda v, t: (t, t), "not_video"),
         (lambda v, t: (v, torch.cat([v, t], 1)), "layout_mismatch"),
         (lambda v, t: (torch.cat([v, t], 1), torch.cat([t, v], 1)), "layout_mismatch"),
-        (lambda v, t: (torch.cat([v, t, v], 1),) * 2, "multiple_video_segments"),
         (lambda v, t: (torch.linalg.qr(v.mT)[0].mT,) * 2, "unknown_layout"),
     ],
 )
@@ -66,6 +71,60 @@ def test_layouts_that_stay_dense(mix, reason):
 def test_tokens_of_equal_number_but_another_origin():
     (decision,) = _decide_mixed(lambda v, t: (v, t), text_tokens=21)
     assert decision.reason == "cross_attention"
+
+
+class Fragment(nn.Module):
+    """What a graph break leaves of an attention: queries, keys and values as they come, [B, N, H, D]."""
+
+    def __init__(self, projects=False) -> None:
+        super().__init__()
+        self.norm = nn.Linear(8, 8) if projects else nn.LayerNorm(8)
+
+    def forward(self, query, key, value):
+        query, key, value = (x.transpose(1, 2) for x in (self.norm(query), self.norm(key), value))
+        return sdpa(query, key, value).transpose(1, 2).flatten(2)
+
+
+def _decide_fragment(keys=21, projects=False, shared=False):
+    torch._dynamo.reset()
+    query, key, value = (torch.randn(2, tokens, 2, 8) for tokens in (21, keys, keys))
+    model = Fragment(projects).eval()
+    gm, _ = dynamo_graph(model, query, key, key if shared else value)
+    (decision,) = decide(gm)
+    return decision
+
+
+def test_inputs_of_one_length_behind_a_graph_break_attend_to_each_other():
+    site = _decide_fragment()
+    assert isinstance(site, Site) and (site.video_tokens, site.num_tokens) == (21, 21)
+
+
+@pytest.mark.parametrize("changed", [{"keys": 6}, {"projects": True}, {"shared": True}])
+def test_other_inputs_are_different_tokens(changed):
+    assert _decide_fragment(**changed).reason == "cross_attention"
+
+
+class Single(nn.Module):
+    """A block that is handed video and text as one tensor; positions are of the video alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+
+    def forward(self, tokens, rotary, text_tokens):
+        query, key, value = self.qkv(tokens).unflatten(2, (3, 2, -1)).unbind(2)
+        query, key = (
+            torch.cat([x[:, :-text_tokens] * rotary[None, :, None], x[:, -text_tokens:]], 1) for x in (query, key)
+        )
+        return tokens + sdpa(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_text_has_no_position(dynamic):
+    gm, _ = dynamo_graph(Single().eval(), video(tokens=27), torch.randn(21, 8), 6, dynamic=dynamic)
+    (site,) = decide(gm)
+    text = site.num_tokens - site.video_tokens
+    assert site.video_start == 0 and (len(text.free_symbols) == 1 if dynamic else text == 6)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ TIMESTEPS = {
     "framepack": ["indices_latents", "indices_latents_clean", "indices_latents_history_2x"]
     + ["indices_latents_history_4x", "timestep", "guidance"],  # its attentions are in other pieces
 }
+# Frames that come before, and a video that controls: their tokens are a video's as well.
+OTHER_VIDEOS = {
+    "wan_vace": ["control_hidden_states"],
+    "framepack": ["latents_clean", "latents_history_2x", "latents_history_4x"],
+}
 GRAPHS: dict[str, list[Analysed]] = {}
 
 
@@ -68,7 +73,7 @@ def test_self_attentions_latent_and_timestep(model: tuple[str, list[Analysed]]) 
     name, analysed = model
     assert self_attentions(analysed) == {**SELF_ATTENTIONS, **IN_PIECES}[name]
     if name != "mochi":
-        assert latents(analysed) == {"hidden_states"}
+        assert latents(analysed) == {"hidden_states", *OTHER_VIDEOS.get(name, ())}
     times = [modulation_inputs(layouts, gm) for gm, layouts in analysed]
     found = [short(t.name) for inputs in times for t in inputs if t.kind == "timestep"]
     assert found == TIMESTEPS.get(name, ["timestep"])

@@ -17,9 +17,9 @@ from svg2_compile.passes.layout.axes import (
     cut,
     interleave,
     resample,
-    same_length,
     single,
 )
+from svg2_compile.passes.layout.lengths import same_length
 from svg2_compile.passes.layout.op_call import OpCall, RuleTable, fit, sizes_of, table
 from svg2_compile.passes.layout.rules.join import interspersed
 from svg2_compile.passes.layout.union import union, union_all

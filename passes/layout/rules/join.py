@@ -17,8 +17,8 @@ from svg2_compile.passes.layout.axes import (
     flip,
     resample,
     single,
-    size_expr,
 )
+from svg2_compile.passes.layout.lengths import size_expr
 from svg2_compile.passes.layout.op_call import OpCall, RuleTable, fit, is_constant, sizes_of, table
 from svg2_compile.passes.layout.union import union, union_all
 

@@ -49,7 +49,71 @@ def inactive_dropout(query, key, value):
     return weights @ value
 
 
+def einsum_heads_first(query, key, value):
+    weights = torch.einsum("bhid,bhjd->bhij", query * HEAD_DIM**-0.5, key).softmax(-1)
+    return torch.einsum("b h i j, b h j d -> b h i d", weights, value)
+
+
+def einsum_tokens_first(query, key, value):
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    weights = (torch.einsum("bqhd,bkhd->bhqk", query, key) * 0.3).softmax(-1)
+    return torch.einsum("bhmn,bnhe->bmhe", weights, value).transpose(1, 2)
+
+
+def einsum_turning(query, key, value):
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    weights = torch.einsum("bqhd,bkhd->bhqk", query, key).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bhqd", weights, value)
+
+
+def einsum_three_axes(query, key, value):
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    weights = torch.einsum("gid,gjd->gij", query, key).softmax(-1)
+    return torch.einsum("gij,gjd->gid", weights, value).unflatten(0, (-1, HEADS))
+
+
+def zero_bias(query, key, value):
+    scores = query @ key.transpose(-2, -1) * HEAD_DIM**-0.5
+    scores += torch.zeros(query.shape[0], 1, query.shape[2], key.shape[2])
+    return torch.softmax(scores, dim=-1) @ value
+
+
+def zero_mask(query, key, value):
+    bias = torch.zeros(query.shape[2], key.shape[2], dtype=query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None, None])
+
+
+DYNAMO_ONLY = [einsum_heads_first, einsum_tokens_first, einsum_turning, einsum_three_axes]
+
+
+@pytest.mark.parametrize("attend", DYNAMO_ONLY)
+def test_einsum(attend):
+    assert_spelling_is_exact(attend, "dynamo")
+    assert_spelling_is_exact(attend, "exported")
+
+
+def _einsum_over_heads(query, key, value):
+    weights = torch.einsum("bhid,bhjd->bhij", query, key).softmax(-1)
+    return torch.einsum("bhij,bgjd->bgid", weights, value)
+
+
+def _written_bias(query, key, value):
+    bias = torch.zeros(query.shape[2], key.shape[2])
+    bias[0, 3] = 2.0
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"), [(_einsum_over_heads, "unreadable"), (_written_bias, "query_dependent_mask")]
+)
+def test_nearly_plain_attention_stays_dense(attend, reason):
+    gm, _ = dynamo_graph(model_of(attend), video())
+    assert reasons(gm) == [reason]
+
+
 SPELLINGS = [
+    zero_bias,
+    zero_mask,
     softmax_matmul,
     softmax_method_divided,
     scaled_query,

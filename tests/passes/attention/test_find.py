@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.attention.flex_attention import flex_attention
 
 from svg2_compile.passes.attention.find import find_attention
 from tests.passes.attention_graphs import (
@@ -117,12 +116,6 @@ def test_another_librarys_attention_names_the_way_out():
     calls, (found,) = find_attention(gm)
     assert calls == [] and found.reason == "foreign_backend"
     assert 'set_attention_backend("native")' in found.detail
-
-
-def test_flex_attention_is_foreign():
-    gm, _ = dynamo_graph(model_of(lambda q, k, v: flex_attention(q, k, v)), video(tokens=128))
-    calls, found = find_attention(gm)
-    assert calls == [] and [one.reason for one in found] == ["foreign_backend"]
 
 
 def test_names_are_module_paths_and_unique():

@@ -36,3 +36,8 @@ segments = st.lists(
 axes = st.lists(segments, min_size=0, max_size=2).map(
     lambda factors: make_axis(tuple(segment(name, length) for name, length in factor) for factor in factors)
 )
+
+
+def is_padded(axis: Axis) -> bool:
+    """Whether constants stand beside other segments: merged with these they count as the same."""
+    return any(len(factor) > 1 and any(not s.sources for s in factor) for factor in axis.factors or ())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svg2_compile.passes.layout.axes import MIXED, Axes, Axis, Segment, constant, make_axis
+from svg2_compile.passes.layout.axes import MIXED, Axes, Axis, Inside, Segment, constant, make_axis
 from svg2_compile.passes.layout.mode import LayoutMode
 
 Spec = tuple[str, ...]
@@ -39,7 +39,7 @@ def written(axis: Axis) -> str:
     for factor in axis.factors:
         parts = []
         for s in factor:
-            names = "+".join(sorted(s.sources - {MIXED}))
+            names = "+".join(sorted(source for source in s.sources - {MIXED} if not isinstance(source, Inside)))
             mark = "~" if MIXED in s.sources else ""
             parts.append(f"{mark}{names}:{s.length}" if names or mark else str(s.length))
         factors.append("|".join(parts) or "0")
