@@ -216,9 +216,7 @@ def _not_followed(layouts: TokenLayouts) -> str:
     names = [str(name) for name, _ in layouts.unruled_ops.most_common(3)]
     if not names:
         return ": compile the whole model, where the video is an input, or keep its tokens in one piece"
-    return (
-        f"; not followed: {', '.join(names)}. Reshape, cut and join tokens by operators of PyTorch's instead"
-    )
+    return f"; not followed: {', '.join(names)}. Reshape, cut and join tokens by operators of PyTorch's instead"
 
 
 def _arrive_as_they_are(query: Factor, key: Factor, call: AttentionCall, layouts: TokenLayouts) -> bool:
