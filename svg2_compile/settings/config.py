@@ -48,10 +48,14 @@ class Svg2Config:
         dense_layers: layers at the start of the model that stay dense: a count (int), or a fraction (float in [0, 1)).
         min_tokens: the shortest attention that becomes sparse: a number of video tokens, or "auto" for the cost
             model's crossover on the device.
-        compensation: "none", or "centroid": key clusters that were not selected take part through their centroid
-            (SVG-EAR, arXiv 2603.08982).
+        compensation: "none"; "centroid": key clusters that were not selected take part through their centroid
+            (SVG-EAR, arXiv 2603.08982); "first_order": they do so with their exact mass and mean value at the centroid
+            of the query's cluster, and with the slope of both next to it (docs/quality.md).
         routing: "score" selects by softmax mass; "error" by the error that compensation would make (SVG-EAR); it needs
-            compensation="centroid". "auto" is "error" with compensation and "score" without.
+            compensation. "auto" is "error" with compensation and "score" without.
+        budget: who has the density: "row", every query cluster of every head alike; or "layer", all heads of an
+            attention together, which spends it where compensation would err most and needs routing="error". "auto" is
+            "layer" with compensation="first_order" and a density, "row" otherwise.
         inner_backend: the torch.compile backend that compiles the graphs. "inductor" is replaced, with a warning,
             on machines where it cannot work.
         inductor_mode: mode for Inductor ("max-autotune" ...), None for its default.
@@ -76,6 +80,7 @@ class Svg2Config:
     min_tokens: int | str = "auto"
     compensation: str = "centroid"
     routing: str = "auto"
+    budget: str = "auto"
     inner_backend: str = "inductor"
     inductor_mode: str | None = None
     strict: bool = False
@@ -91,16 +96,33 @@ class Svg2Config:
         if self.preset is not None:
             object.__setattr__(self, "preset", load_preset(self.preset).name)
         if self.routing == "auto":
-            object.__setattr__(self, "routing", "error" if self.compensation == "centroid" else "score")
-        if self.routing == "error" and self.compensation != "centroid":
+            object.__setattr__(self, "routing", "score" if self.compensation == "none" else "error")
+        if self.routing == "error" and self.compensation == "none":
             raise ConfigError(
-                f"routing='error' minimises the error of compensation, but compensation={self.compensation!r}. "
-                "Valid: compensation='centroid' with it, or routing='score'."
+                "routing='error' minimises the error of compensation, but compensation='none'. "
+                "Valid: compensation='centroid' or 'first_order' with it, or routing='score'."
             )
+        if self.budget == "auto":
+            pooled = self.compensation == "first_order" and self.routing == "error" and self.selection()[1] is not None
+            object.__setattr__(self, "budget", "layer" if pooled else "row")
+        if self.budget == "layer":
+            self._check_layer_budget()
         if self.inner_backend == "svg2":
             raise ConfigError("inner_backend='svg2' is not valid: it names this compiler itself. Valid: 'inductor' ...")
         if self.inductor_mode is not None:
             self._check_inductor_mode(self.inductor_mode)
+
+    def _check_layer_budget(self) -> None:
+        if self.routing != "error":
+            raise ConfigError(
+                "budget='layer' spends pairs where compensation errs most, but routing='score'. "
+                "Valid: routing='error' with it, which needs compensation, or budget='row'."
+            )
+        if self.selection()[1] is None:
+            raise ConfigError(
+                "budget='layer' divides a density among the heads of a layer, but top_p decides how much is selected. "
+                "Valid: a density with it, or budget='row'."
+            )
 
     def _check_inductor_mode(self, mode: str) -> None:
         # Imported here: reading a configuration must not cost the import of Inductor.
@@ -144,6 +166,9 @@ class Svg2Config:
         values = {name: value for name, (_, value) in canonical_names(changes).items()}
         if "compensation" in values:
             values.setdefault("routing", "auto")  # the old routing belongs to the old compensation
+        mass_decides = "top_p" in values or ("density" in values and values["density"] in (None, "none"))
+        if mass_decides or {"compensation", "routing"} & values.keys():
+            values.setdefault("budget", "auto")
         return dataclasses.replace(self, **values)
 
     def site_policy(self) -> SitePolicy:
@@ -162,7 +187,7 @@ class Svg2Config:
         """top_p and density as they take effect; a density of None leaves the decision to top_p."""
         density = self.density
         if isinstance(density, str):  # "auto"
-            density = DEFAULT_DENSITY if self.top_p is None and self.compensation == "centroid" else None
+            density = DEFAULT_DENSITY if self.top_p is None and self.compensation != "none" else None
         return DEFAULT_TOP_P if self.top_p is None else self.top_p, density
 
     def _only(self, policy: type) -> dict[str, Any]:
