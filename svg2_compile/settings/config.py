@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["ConfigError", "Svg2Config", "package_version"]
 
 DEFAULT_TOP_P = 0.9
-DEFAULT_DENSITY = 0.25
+DEFAULT_DENSITY = {"centroid": 0.25, "first_order": 0.10}
+"""By compensation; without it a mass decides, as published."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,16 @@ class Svg2Config:
     """The settings of one compiled model. Frozen and hashable; equal settings are equal values.
 
     Defaults are those of the SVG2 scripts where these are published (Sparse VideoGen2, arXiv 2505.18875), except
-    compensation, routing, density, the cluster counts and k-means iterations, which follow measurements
+    compensation, routing, budget, density, the cluster counts and k-means iterations, which follow measurements
     (docs/quality.md).
 
     Attributes:
         preset: the preset these settings started from ("name:variant"); only :meth:`from_options` applies one.
         top_p: softmax mass, estimated on centroids, that the selected key clusters of a query cluster reach. [0, 1];
             None is 0.9, where top_p decides.
-        density: fixed budget instead of top_p: the fraction of keys that each query cluster attends to. (0, 1], or None
-            for top_p. "auto" is 0.25 with compensation, unless top_p is given, and None without.
+        density: fixed budget instead of top_p: the fraction of (query, key) pairs that is computed exactly, of every
+            query cluster or of all heads together (see budget). (0, 1], or None for top_p. "auto" is 0.10 with
+            compensation="first_order" and 0.25 with "centroid", unless top_p is given, and None without compensation.
         min_k_ratio: fraction of the key clusters that is selected at the least. [0, 1].
         num_q_clusters, num_k_clusters: clusters per head; None derives them from the number of video tokens.
         init_iters: k-means iterations where an attention has no centroids yet (once per video, guidance branch and
@@ -78,7 +80,7 @@ class Svg2Config:
     dense_steps: int | float = 0.2
     dense_layers: int | float = 0.03
     min_tokens: int | str = "auto"
-    compensation: str = "centroid"
+    compensation: str = "first_order"
     routing: str = "auto"
     budget: str = "auto"
     inner_backend: str = "inductor"
@@ -187,7 +189,7 @@ class Svg2Config:
         """top_p and density as they take effect; a density of None leaves the decision to top_p."""
         density = self.density
         if isinstance(density, str):  # "auto"
-            density = DEFAULT_DENSITY if self.top_p is None and self.compensation != "none" else None
+            density = DEFAULT_DENSITY.get(self.compensation) if self.top_p is None else None
         return DEFAULT_TOP_P if self.top_p is None else self.top_p, density
 
     def _only(self, policy: type) -> dict[str, Any]:
