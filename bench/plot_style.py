@@ -15,13 +15,18 @@ __all__ = ["COLOURS", "LINES", "MARKERS", "METHODS", "NAMES", "finish", "method_
 # The palette of Okabe and Ito, distinct for colour-blind readers.
 COLOURS = {"svg2": "#0072B2", "tiles": "#D55E00", "raster": "#CC79A7", "tokens": "#000000"}
 MARKERS = {"svg2": "o", "tiles": "s", "raster": "^", "tokens": ""}
-LINES = {"": ":", "+comp": "--", "+comp+ear": "-"}
+LINES = {"": ":", "+comp": "--", "+comp+ear": "-", "+first_order": "-."}
 NAMES = {
     "svg2": "clusters by meaning (SVG2)",
     "tiles": "blocks by position, 3-D tiles",
     "raster": "blocks by position, runs of tokens",
 }
-TREATMENTS = {"": "skipped blocks dropped", "+comp": "+ compensation", "+comp+ear": "+ compensation + error routing"}
+TREATMENTS = {
+    "": "skipped blocks dropped",
+    "+comp": "+ compensation",
+    "+comp+ear": "+ compensation + error routing",
+    "+first_order": "first order, one budget for all heads",
+}
 METHODS = ("svg2", "tiles", "raster")
 
 

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from bench.common import write_results
 from bench.minidit.sample import PROMPTS
-from bench.quality.methods import METHODS, PARTS
+from bench.quality.methods import GLOBAL_SLOPE, METHODS, PARTS
 from bench.quality.results import FIRST_ORDER
 from bench.quality.video import Setting, gate, sample, sample_sparse
 from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
 from svg2_compile.minidit.model import VideoSize, load_model
 
 SIZE, GUIDANCE, STEPS = VideoSize(16, 64, 64), 3.0, 20
-ALL = {method.name: method for method in (*METHODS, *PARTS)}
+ALL = {method.name: method for method in (*METHODS, GLOBAL_SLOPE, *PARTS)}
 FIRST, BEFORE = "svg2+first_order", "svg2+comp+ear"
 FIRST_SEED = 100
 

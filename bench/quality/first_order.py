@@ -32,9 +32,11 @@ from svg2_compile.minidit.model import VideoSize, load_model
 
 __all__ = ["FirstOrderAttention", "errors"]
 
-DENSITIES = (0.05, 0.10, 0.15, 0.25)
+DENSITIES = (0.10, 0.15, 0.25)
 ITERS = 10
 STEPS = (4, 9, 14)
+DRAWN: dict[str, Any] = {"step": 9, "layer": 4, "head": 2, "density": 0.10}
+"""The attention whose queries are drawn one by one."""
 TOLERANCE = 2e-5
 BEFORE = "centroid, row"
 NO_SLOPE = Parts(mass=True, residual=True, slope="none")
@@ -160,6 +162,25 @@ def _combinations(
     yield "P without u + A + B + J", first_order(unboosted)
 
 
+def errors_of_queries(attention: Attention, clustering: Clustering) -> dict[str, list[float]]:
+    """Of every eighth query of one head: its distance from its cluster's centroid, over the head's mean distance, and
+    the error of its output over the head's mean output, by what stands for skipped clusters. One selection for all."""
+    sparse, head = FirstOrderAttention(attention, clustering), DRAWN["head"]
+    layer = sparse.select_of_layer(DRAWN["density"])
+    outputs = {
+        "centroid": sparse.attend(layer, compensation=True),
+        "A + B": sparse.attend_to_first_order(layer, NO_SLOPE),
+        "A + B + J": sparse.attend_to_first_order(layer),
+    }
+    query, dense = clustering.query, attention.dense[0, head]
+    away = attention.query[0, head] - query.centroids[0, head][query.labels[0, head].long()]
+    distance = away.norm(dim=1)
+    drawn = {"distance": (distance / distance.mean())[::8].tolist()}
+    for name, out in outputs.items():
+        drawn[name] = ((out[0, head] - dense).norm(dim=1) / dense.norm(dim=1).mean())[::8].tolist()
+    return {name: [round(value, 5) for value in values] for name, values in drawn.items()}
+
+
 def attention_of(query: Tensor, key: Tensor, value: Tensor) -> Attention:
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     return Attention(0, 0, query, key, value, dense)
@@ -177,21 +198,26 @@ def of_sizes() -> Iterator[dict[str, Any]]:
                 yield {"num_tokens": num_tokens, "head_dim": head_dim, "spread": spread, "error": curves}
 
 
-def of_layers(prompts: Sequence[int], size: VideoSize) -> list[dict[str, Any]]:
-    """Attentions of the trained model at three steps: a row per layer, mean over prompts and steps."""
+def of_layers(prompts: Sequence[int], size: VideoSize) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """Attentions of the trained model at three steps: a row per layer, mean over prompts and steps; and the queries of
+    one of them."""
     counts = QUERY_CLUSTERS.count(size.tokens), KEY_CLUSTERS.count(size.tokens)
     measured: dict[int, list[Any]] = {}
+    drawn: dict[str, list[float]] = {}
 
     def measure(attention: Attention) -> None:
-        curves = errors(attention, cluster(attention, counts, ITERS), DENSITIES)
+        clustering = cluster(attention, counts, ITERS)
+        if not drawn and (attention.step, attention.layer) == (DRAWN["step"], DRAWN["layer"]):
+            drawn.update(errors_of_queries(attention, clustering))
+        curves = errors(attention, clustering, DENSITIES)
         measured.setdefault(attention.layer, []).append(curves)
         print(
-            attention.step, attention.layer, {name: round(values[1], 4) for name, values in curves.items()}, flush=True
+            attention.step, attention.layer, {name: round(values[0], 4) for name, values in curves.items()}, flush=True
         )
 
     for prompt in prompts:
         watch_attention(load_model(), PROMPTS[prompt], 100 + prompt, size, 20, 3.0, STEPS, measure)
-    return [{"layer": layer, "error": average(curves)} for layer, curves in sorted(measured.items())]
+    return [{"layer": layer, "error": average(curves)} for layer, curves in sorted(measured.items())], drawn
 
 
 def main() -> None:
@@ -206,14 +232,14 @@ def main() -> None:
             rows.append(row)
             print(
                 {key: row[key] for key in row if key != "error"},
-                {k: round(v[1], 4) for k, v in row["error"].items()},
+                {k: round(v[0], 4) for k, v in row["error"].items()},
                 flush=True,
             )
         print(write_results(FIRST_ORDER_SIZES, rows, **about))
     if arguments.prompts:
         size = VideoSize(16, 64, 64)
-        rows = of_layers(arguments.prompts, size)
-        about |= {"prompts": arguments.prompts, "steps": STEPS, "tokens": size.tokens}
+        rows, drawn = of_layers(arguments.prompts, size)
+        about |= {"prompts": arguments.prompts, "steps": STEPS, "tokens": size.tokens, "drawn": DRAWN, "queries": drawn}
         print(write_results(FIRST_ORDER_LAYERS, rows, **about))
 
 

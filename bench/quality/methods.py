@@ -11,7 +11,7 @@ from bench.quality.parts import Parts, parts
 from bench.quality.position import position_blocks
 from svg2_compile.minidit.model import VideoSize
 
-__all__ = ["METHODS", "PARTS", "Method"]
+__all__ = ["GLOBAL_SLOPE", "METHODS", "PARTS", "Method"]
 
 PLAIN = {"compensation": "none"}
 COMPENSATED = {"compensation": "centroid", "routing": "score"}
@@ -54,8 +54,10 @@ METHODS = (
     Method("tiles+comp", "tiles", COMPENSATED),
     Method("tiles+comp+ear", "tiles", ROUTED),
     Method("tiles+first_order", "tiles", FIRST_ORDER),
-    Method("global slope", None, FIRST_ORDER_ROWS, Parts(mass=False, residual=False, slope="head")),
 )
+
+GLOBAL_SLOPE = Method("global slope", None, FIRST_ORDER_ROWS, Parts(mass=False, residual=False, slope="head"))
+"""Beside centroids one slope per head, as in PISA: no clusters' residual, no exact mass."""
 
 PARTS = (
     Method("P", None, POOLED),

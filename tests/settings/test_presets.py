@@ -15,6 +15,7 @@ def test_each_model_has_each_variant() -> None:
     assert {"wan2.1-14b-720p", "wan2.1-1.3b-480p", "wan2.2-14b-720p", "hunyuanvideo-720p"} <= models.keys()
     assert {"cogvideox", "ltx", "mochi", "skyreels-v2", "allegro"} <= models.keys()
 
+
 @pytest.mark.parametrize("name", load_presets())
 def test_loads_and_survives_a_round_trip(name: str) -> None:
     config = Svg2Config.from_options({"preset": name})
@@ -28,6 +29,7 @@ def test_loads_and_survives_a_round_trip(name: str) -> None:
     top_p = [variant.selection()[0] for variant in variants]
     assert top_p == sorted(top_p, reverse=True)
 
+
 def test_published_settings() -> None:
     wan = Svg2Config.from_options({"preset": "wan2.1-14b-720p:quality"})
     assert (wan.num_q_clusters, wan.num_k_clusters, wan.top_p, wan.min_k_ratio) == (300, 1000, 0.9, 0.1)
@@ -39,6 +41,7 @@ def test_published_settings() -> None:
     turbo = Svg2Config.from_options({"preset": "wan2.2-14b-720p:turbo"})
     assert (turbo.top_p, turbo.compensation, turbo.dense_steps) == (0.7, "none", 0.3)
 
+
 @pytest.mark.parametrize("model", dict.fromkeys(name.split(":")[0] for name in load_presets()))
 def test_the_new_default_is_a_variant_that_nobody_tested(model: str) -> None:
     config = Svg2Config.from_options({"preset": f"{model}:first_order"})
@@ -48,16 +51,18 @@ def test_the_new_default_is_a_variant_that_nobody_tested(model: str) -> None:
     assert {name: getattr(config, name) for name in names} == {name: getattr(default, name) for name in names}
     assert config.selection() == (0.9, 0.1)
 
+
 def test_spellings() -> None:
     spelled = [
-        Svg2Config.from_options({"preset": name})
-        for name in ("ltx", "ltx:balanced", "ltx/balanced", "LTX/Balanced")
+        Svg2Config.from_options({"preset": name}) for name in ("ltx", "ltx:balanced", "ltx/balanced", "LTX/Balanced")
     ]
     assert len(set(spelled)) == 1
+
 
 def test_options_override_the_preset() -> None:
     config = Svg2Config.from_options({"top_p_kmeans": 0.42, "preset": "wan2.1-14b-720p:quality", "dense_steps": 3})
     assert (config.top_p, config.dense_steps, config.num_q_clusters) == (0.42, 3, 300)
+
 
 def test_unknown() -> None:
     with pytest.raises(ConfigError, match=r"'wan2.1'.*Did you mean 'wan2.1-14b-720p'.*mochi"):
@@ -66,5 +71,3 @@ def test_unknown() -> None:
         Svg2Config.from_options({"preset": "ltx:fastest"})
     with pytest.raises(ConfigError, match="not known"):
         Svg2Config(preset="nothing")
-
-
