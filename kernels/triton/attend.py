@@ -128,7 +128,7 @@ def _first_order(
 @triton.jit(do_not_specialize=COUNTS)
 def attend(
     query, key, value, k_means, v_means, biases, shifts, slopes, out, lse, q_order, q_offsets,
-    key_counts, skipped_counts, places, tile_starts, tile_slots, pass_slots, pool, counters,
+    rows_of_slots, key_counts, skipped_counts, places, tile_starts, tile_slots, pass_slots, pool, counters,
     this_pass, capacity, to_log2, sign, first_group, num_queries, num_q_heads, num_kv_heads, num_rows, num_k_blocks,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -142,7 +142,7 @@ def attend(
     while tile < last_tile:
         slot = tl.load(tile_slots + tile).to(tl.int64)
         group = slot // num_rows + first_group
-        block = num_rows - 1 - slot % num_rows
+        block = tl.load(rows_of_slots + slot)
         boundary = q_offsets + group * (num_rows + 1) + block
         position = tl.load(boundary) + (tile - tl.load(tile_starts + slot)) * BLOCK_M + tl.arange(0, BLOCK_M)
         present = position < tl.load(boundary + 1)

@@ -121,7 +121,15 @@ class AttentionWork:
         attend[(config["PROGRAMS_PER_SM"] * num_processors(self.query.device),)](
             *(self.query, self.key, self.value, *means, self.out, self.lse),
             *(unused if self.q_order is None else self.q_order, self.blocks.q_offsets),
-            *(plan.key_counts, plan.skipped_counts, plan.places, plan.tile_starts, plan.tile_slots, plan.pass_slots),
+            *(
+                plan.rows,
+                plan.key_counts,
+                plan.skipped_counts,
+                plan.places,
+                plan.tile_starts,
+                plan.tile_slots,
+                plan.pass_slots,
+            ),
             *(pool, counters, place[0], place[1], to_log2, sign, place[2], self.query.shape[2], *self.blocks.heads),
             *(num_rows, num_k_blocks, *row_strides(self.query), *row_strides(self.key), *row_strides(self.value)),
             *row_strides(self.out),
@@ -267,7 +275,7 @@ def block_density(q_offsets: Tensor, k_offsets: Tensor, block_map: Tensor) -> Te
         return q_offsets.new_zeros(q_offsets.shape[:2], dtype=torch.float32)
     blocks = Blocks(q_offsets.contiguous(), k_offsets.contiguous(), block_map.contiguous().view(torch.int8))
     with device_of(block_map):
-        keys = row_key_counts(blocks).flip(-1)
+        keys = row_key_counts(blocks, slice(0, block_map.shape[0] * block_map.shape[1])).view(block_map.shape[:3])
     q_sizes = q_offsets.diff(dim=-1).double()
     num_keys = k_offsets.select(-1, -1).repeat_interleave(block_map.shape[1] // k_offsets.shape[1], dim=1)
     all_pairs = q_sizes.sum(dim=-1) * num_keys
