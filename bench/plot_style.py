@@ -61,11 +61,13 @@ def finish(axes: Any, xlabel: str, ylabel: str, title: str, percent: str = "") -
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def method_handles(methods: Sequence[str] = METHODS) -> list[Any]:
+def method_handles(
+    methods: Sequence[str] = METHODS, treatments: Sequence[str] = ("", "+comp", "+comp+ear")
+) -> list[Any]:
     """Entries of a legend: a row of colours, a row of line styles."""
     from matplotlib.lines import Line2D
 
     colours = [Line2D([], [], color=COLOURS[name], marker=MARKERS[name], label=NAMES[name]) for name in methods]
-    styles = [Line2D([], [], color="0.3", linestyle=LINES[key], label=text) for key, text in TREATMENTS.items()]
+    styles = [Line2D([], [], color="0.3", linestyle=LINES[key], label=TREATMENTS[key]) for key in treatments]
     # Legends are filled column by column.
     return [handle for pair in itertools.zip_longest(colours, styles) for handle in pair if handle is not None]

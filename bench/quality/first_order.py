@@ -35,8 +35,9 @@ __all__ = ["FirstOrderAttention", "errors"]
 DENSITIES = (0.10, 0.15, 0.25)
 ITERS = 10
 STEPS = (4, 9, 14)
-DRAWN: dict[str, Any] = {"step": 9, "layer": 4, "head": 2, "density": 0.10}
-"""The attention whose queries are drawn one by one."""
+DRAWN: dict[str, Any] = {"step": 9, "layer": 7, "density": 0.10}
+"""The attention whose queries are moved away from their centroids; of the first prompt."""
+DISTANCES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 TOLERANCE = 2e-5
 BEFORE = "centroid, row"
 NO_SLOPE = Parts(mass=True, residual=True, slope="none")
@@ -162,23 +163,25 @@ def _combinations(
     yield "P without u + A + B + J", first_order(unboosted)
 
 
-def errors_of_queries(attention: Attention, clustering: Clustering) -> dict[str, list[float]]:
-    """Of every eighth query of one head: its distance from its cluster's centroid, over the head's mean distance, and
-    the error of its output over the head's mean output, by what stands for skipped clusters. One selection for all."""
-    sparse, head = FirstOrderAttention(attention, clustering), DRAWN["head"]
+def errors_along_the_way(attention: Attention, clustering: Clustering) -> dict[str, list[float]]:
+    """The output error of all queries if each is moved from its centroid (0) to where it is (1) and beyond, by what
+    stands for skipped clusters. One selection for all."""
+    sparse, query = FirstOrderAttention(attention, clustering), clustering.query
     layer = sparse.select_of_layer(DRAWN["density"])
-    outputs = {
-        "centroid": sparse.attend(layer, compensation=True),
-        "A + B": sparse.attend_to_first_order(layer, NO_SLOPE),
-        "A + B + J": sparse.attend_to_first_order(layer),
-    }
-    query, dense = clustering.query, attention.dense[0, head]
-    away = attention.query[0, head] - query.centroids[0, head][query.labels[0, head].long()]
-    distance = away.norm(dim=1)
-    drawn = {"distance": (distance / distance.mean())[::8].tolist()}
-    for name, out in outputs.items():
-        drawn[name] = ((out[0, head] - dense).norm(dim=1) / dense.norm(dim=1).mean())[::8].tolist()
-    return {name: [round(value, 5) for value in values] for name, values in drawn.items()}
+    index = query.labels.long().unsqueeze(-1).expand_as(attention.query)
+    centroids = query.centroids.gather(2, index)
+    drawn: dict[str, list[float]] = {"distance": list(DISTANCES)}
+    for distance in DISTANCES:
+        moved = centroids + distance * (attention.query - centroids)
+        sparse.attention = attention_of(moved, attention.key, attention.value)
+        outputs = {
+            "centroid": sparse.attend(layer, compensation=True),
+            "A + B": sparse.attend_to_first_order(layer, NO_SLOPE),
+            "A + B + J": sparse.attend_to_first_order(layer),
+        }
+        for name, out in outputs.items():
+            drawn.setdefault(name, []).append(relative_error(out, sparse.attention.dense))
+    return drawn
 
 
 def attention_of(query: Tensor, key: Tensor, value: Tensor) -> Attention:
@@ -208,7 +211,7 @@ def of_layers(prompts: Sequence[int], size: VideoSize) -> tuple[list[dict[str, A
     def measure(attention: Attention) -> None:
         clustering = cluster(attention, counts, ITERS)
         if not drawn and (attention.step, attention.layer) == (DRAWN["step"], DRAWN["layer"]):
-            drawn.update(errors_of_queries(attention, clustering))
+            drawn.update(errors_along_the_way(attention, clustering))
         curves = errors(attention, clustering, DENSITIES)
         measured.setdefault(attention.layer, []).append(curves)
         print(
@@ -239,7 +242,13 @@ def main() -> None:
     if arguments.prompts:
         size = VideoSize(16, 64, 64)
         rows, drawn = of_layers(arguments.prompts, size)
-        about |= {"prompts": arguments.prompts, "steps": STEPS, "tokens": size.tokens, "drawn": DRAWN, "queries": drawn}
+        about |= {
+            "prompts": arguments.prompts,
+            "steps": STEPS,
+            "tokens": size.tokens,
+            "drawn": {**DRAWN, "prompt": arguments.prompts[0]},
+        }
+        about |= {"queries": drawn}
         print(write_results(FIRST_ORDER_LAYERS, rows, **about))
 
 

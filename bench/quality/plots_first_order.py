@@ -1,8 +1,7 @@
-"""Pictures of first-order compensation: PSNR over density, and the error of single queries over their distance."""
+"""Pictures of first-order compensation: PSNR over density, and the error of queries over their distance."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,19 +44,13 @@ def plot_first_order(document: Mapping[str, Any], folder: Path = IMAGES) -> Path
 
 
 def plot_queries(document: Mapping[str, Any], folder: Path = IMAGES) -> Path:
-    """quality_one_head.png: the error of every query of one head over its distance from its cluster's centroid."""
+    """quality_one_query.png: the error of the output as queries move away from their cluster's centroid."""
     queries, drawn = document["queries"], document["drawn"]
-    figure, axes = new_figure(1, 4.4, 7.4)
-    distance = np.array(queries["distance"])
-    edges = np.quantile(distance, np.linspace(0, 1, 9))
+    figure, axes = new_figure(1, 4.2, 7.4)
     for name, (colour, label) in STAND_INS.items():
-        error = np.maximum(np.array(queries[name]), 1e-6)
-        axes.plot(distance, error, ".", color=colour, markersize=2.5, alpha=0.5)
-        bins = list(itertools.pairwise(edges))
-        medians = [np.median(error[(distance >= low) & (distance <= high)]) for low, high in bins]
-        axes.plot([(low + high) / 2 for low, high in bins], medians, "-", color=colour, label=label)
-    axes.set_yscale("log")
+        axes.plot(queries["distance"], queries[name], "-o", markersize=4, color=colour, label=label)
+    axes.axvline(1.0, color="0.7", linewidth=1)
     axes.legend(fontsize=8)
-    title = f"Queries of head {drawn['head']}, layer {drawn['layer']}, step {drawn['step']}, at {drawn['density']:.0%}"
-    finish(axes, "distance from the cluster's centroid, over its mean", "error of the output, relative", title)
-    return save(figure, folder, "quality_one_head")
+    title = f"Layer {drawn['layer']}, step {drawn['step']}, {drawn['density']:.0%} of the pairs selected"
+    finish(axes, "from the cluster's centroid (0) to the query (1) and beyond", "output error, relative", title)
+    return save(figure, folder, "quality_one_query")

@@ -171,7 +171,7 @@ def _first_order_means(
     """Skipped clusters to first order. What depends on q - q_i is split into a part of q and one of q_i; both with the
     rounded means and slope that the kernel multiplies q with, so that rounding cancels at q = q_i."""
     q_centroids, k_centroids, v_centroids = centroids
-    sharing = q_centroids.shape[1] // k_centroids.shape[1]
+    sharing = q_centroids.shape[1] // max(k_centroids.shape[1], 1)
     rounded = k_centroids.to(key.dtype).to(torch.float32).repeat_interleave(sharing, dim=1)
     logits = scale * (q_centroids @ rounded.transpose(-1, -2))
     biases = (LOG2_E.value * (log_mass.narrow(3, 0, k_centroids.shape[2]) - logits)).contiguous()

@@ -36,4 +36,4 @@ def made_up_layers() -> dict[str, Any]:
     ]
     queries = {name: [0.5, 1.0, 1.5, 2.0] for name in ("distance", "centroid", "A + B", "A + B + J")}
     about = {"prompts": [3], "steps": [4], "tokens": 4096, "densities": [0.10, 0.25], "queries": queries}
-    return {**about, "drawn": {"step": 4, "layer": 1, "head": 0, "density": 0.1}, "results": layers}
+    return {**about, "drawn": {"step": 4, "layer": 1, "density": 0.1}, "results": layers}

@@ -96,7 +96,7 @@ def test_every_picture_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (results / "quality_first_order.json").write_text(json.dumps(made_up_campaign()))
     (results / "quality_first_order_layers.json").write_text(json.dumps(made_up_layers()))
     plots.main()
-    names = ("recall", "error", "reuse", "psnr_density", "psnr_speed", "first_order", "one_head")
+    names = ("recall", "error", "reuse", "psnr_density", "psnr_speed", "first_order", "one_query")
     assert {path.name for path in images.iterdir()} == {f"quality_{name}.png" for name in names}
 
 
