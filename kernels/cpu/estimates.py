@@ -12,6 +12,8 @@ from torch import Tensor
 from svg2_compile.kernels.cpu.cluster import gather_rows
 from svg2_compile.kernels.tuning.lookup import tuned
 
+ROWS = 2048  # at a time, so that they stay in the cache
+
 
 class KeyHead(NamedTuple):
     """One head of clustered keys and values: permuted tokens [N, D] and [N, Dv], means float32 [Ck, D] and [Ck, Dv],
@@ -69,8 +71,8 @@ def head_estimates(queries: Tensor, head: KeyHead, scale: float) -> tuple[Tensor
     outputs = torch.softmax(log_mass, dim=-1) @ head.v_centroids
     log_errors = queries.new_full((sizes.shape[0], queries.shape[0]), -math.inf)
     log_masses = torch.full_like(log_errors, -math.inf)
-    key_differences = differences_to_means(head.key, head.k_centroids, sizes)
-    value_differences = differences_to_means(head.value, head.v_centroids, sizes)
+    key_differences = _differences_to_means(head.key, head.k_centroids, sizes)
+    value_differences = _differences_to_means(head.value, head.v_centroids, sizes)
     # Floats of one [query clusters, tokens] tile: a few MiB, whatever the number of tokens.
     num_tokens, head_dim = head.key.shape
     errors_per_tile = tuned("cpu_error", head.key.device, head.key.dtype, head_dim, num_tokens)["ERRORS_PER_TILE"]
@@ -89,12 +91,16 @@ def head_estimates(queries: Tensor, head: KeyHead, scale: float) -> tuple[Tensor
     return log_masses.t() + mean_scores, log_errors.t() + 2 * mean_scores
 
 
-def differences_to_means(tokens: Tensor, means: Tensor, sizes: Tensor) -> Tensor:
+def _differences_to_means(tokens: Tensor, means: Tensor, sizes: Tensor) -> Tensor:
     """Clustered tokens [n, D] less the means [C, D] of their clusters, and a last row of zeros: float32 [m + 1, D], of
     the m <= n tokens in clusters of these sizes [C]."""
-    mean_of_token = torch.repeat_interleave(means, sizes, dim=0, output_size=int(sizes.sum()))
-    differences = means.new_zeros(mean_of_token.shape[0] + 1, means.shape[1])
-    torch.sub(tokens[: mean_of_token.shape[0]].to(torch.float32), mean_of_token, out=differences[:-1])
+    cluster = torch.repeat_interleave(torch.arange(sizes.shape[0]), sizes)
+    differences = means.new_empty(cluster.shape[0] + 1, means.shape[1])
+    differences[-1] = 0.0
+    for own, rows, out in zip(
+        cluster.split(ROWS), tokens[: cluster.shape[0]].split(ROWS), differences[:-1].split(ROWS), strict=True
+    ):
+        torch.sub(rows.to(torch.float32), means.index_select(0, own), out=out)
     return differences
 
 
