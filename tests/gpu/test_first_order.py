@@ -27,10 +27,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def check(case: FirstOrder, device: torch.device) -> None:
     precise = case.problem.query.dtype == torch.float32
-    estimates = poisoned(device, ops.block_estimates, *moved(case.estimate_args, device))
-    check_estimates(case, *(x.cpu() for x in estimates), mass_roundings=64.0 if precise else 64 * TF32 * 2**24)
-    terms = poisoned(device, ops.first_order_terms, *moved(case.term_args, device))
-    check_terms(case, *(x.cpu() for x in terms), unit=2.0**-22 if precise else 2 * TF32)
+    log_mass, log_error = poisoned(device, ops.block_estimates, *moved(case.estimate_args, device))
+    check_estimates(case, log_mass.cpu(), log_error.cpu(), mass_roundings=64.0 if precise else 64 * TF32 * 2**24)
+    residual, slope = poisoned(device, ops.first_order_terms, *moved(case.term_args, device))
+    check_terms(case, residual.cpu(), slope.cpu(), unit=2.0**-22 if precise else 2 * TF32)
     exact, exact_lse, _ = attention_answers(case)
     eager, _ = reference.first_order_attention(*case.attention_args, compute_dtype=case.problem.query.dtype)
     out, lse = poisoned(device, ops.first_order_attention, *moved(case.attention_args, device))
