@@ -32,12 +32,13 @@ def plot_first_order(document: Mapping[str, Any], folder: Path = IMAGES) -> Path
             for row in document["results"]
             if (row["method"], row["steps"], row["dense_layers"]) == (method, STEPS, DENSE_LAYERS)
         ]
+        if not rows:
+            continue  # not measured yet
         rows.sort(key=lambda row: float(row["density"]))
         x, y = (np.array([row[key] for row in rows]) for key in ("density", "psnr_mean"))
         axes.plot(x, y, color=COLOURS[method], marker="o", markersize=4, label=label)
-        if rows:
-            spread = np.array([row["psnr_std"] for row in rows])
-            axes.fill_between(x, y - spread, y + spread, color=COLOURS[method], alpha=0.12, linewidth=0)
+        spread = np.array([row["psnr_std"] for row in rows])
+        axes.fill_between(x, y - spread, y + spread, color=COLOURS[method], alpha=0.12, linewidth=0)
     axes.legend(fontsize=8)
     finish(axes, "density of the sparse attentions", "PSNR against dense, dB", "Whole videos", "x")
     return save(figure, folder, "quality_first_order")
