@@ -145,6 +145,12 @@ def _commit() -> str:
         return "unknown"
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def require_close(what: str, actual: Tensor, exact: Tensor, tolerance: float) -> float:
     """Largest error relative to the largest exact value. Raises AssertionError above ``tolerance``: no speed then."""
     error = float((actual.double() - exact.double()).abs().max() / exact.double().abs().max())

@@ -5,8 +5,9 @@
 
 Dense is scaled_dot_product_attention on the same query, key and value. "attention" is svg2::block_sparse_attention
 alone; "everything" adds k-means (a step's default iterations, from warm centroids), selection, ordering, permutation
-and un-permutation. Both as SVG2 publishes them and with the default compensation and error routing. A shape
-is timed only after its results were compared with exact attention.
+and un-permutation. As SVG2 publishes it, with the centroid compensation and error routing of SVG-EAR, and with the
+default: first-order compensation and one budget for all heads. A shape is timed only after its results were compared
+with exact attention.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from bench.shape import Shape, default_shape
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7}  # of the largest value; bfloat16: two roundings
 SAMPLED_ROWS = 64
 SPREAD = 2.4
-VARIANTS = {"svg2": {}, "default": {"compensation": True, "by_error": True}}
+VARIANTS = {
+    "svg2": {},
+    "centroid": {"compensation": True, "by_error": True},
+    "default": {"first_order": True},
+}
 
 
 class Case(NamedTuple):

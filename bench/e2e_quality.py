@@ -29,9 +29,15 @@ SIZES = (VideoSize(32, 64, 64), VideoSize(16, 128, 128))
 PROMPT, SEED, GUIDANCE = PROMPTS[1], 7, 3.0
 STAGES = {
     "kmeans": ("kmeans",),
-    "selection": ("select_blocks", "select_blocks_by_error"),
+    "selection": (
+        "select_blocks",
+        "select_blocks_by_error",
+        "select_blocks_of_layer",
+        "block_estimates",
+        "cluster_variances",
+    ),
     "permutation": ("cluster_order", "permute_tokens", "unpermute_tokens", "cluster_means"),
-    "attention": ("block_sparse_attention",),
+    "attention": ("block_sparse_attention", "first_order_attention", "first_order_terms"),
     "statistics": ("block_density",),
 }
 """Operators by what they are part of; everything else is "rest": projections, feed-forward, cross-attention ..."""

@@ -15,13 +15,18 @@ __all__ = ["COLOURS", "LINES", "MARKERS", "METHODS", "NAMES", "finish", "method_
 # The palette of Okabe and Ito, distinct for colour-blind readers.
 COLOURS = {"svg2": "#0072B2", "tiles": "#D55E00", "raster": "#CC79A7", "tokens": "#000000"}
 MARKERS = {"svg2": "o", "tiles": "s", "raster": "^", "tokens": ""}
-LINES = {"": ":", "+comp": "--", "+comp+ear": "-"}
+LINES = {"": ":", "+comp": "--", "+comp+ear": "-", "+first_order": "-."}
 NAMES = {
     "svg2": "clusters by meaning (SVG2)",
     "tiles": "blocks by position, 3-D tiles",
     "raster": "blocks by position, runs of tokens",
 }
-TREATMENTS = {"": "skipped blocks dropped", "+comp": "+ compensation", "+comp+ear": "+ compensation + error routing"}
+TREATMENTS = {
+    "": "skipped blocks dropped",
+    "+comp": "+ compensation",
+    "+comp+ear": "+ compensation + error routing",
+    "+first_order": "first order, one budget for all heads",
+}
 METHODS = ("svg2", "tiles", "raster")
 
 
@@ -56,11 +61,13 @@ def finish(axes: Any, xlabel: str, ylabel: str, title: str, percent: str = "") -
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def method_handles(methods: Sequence[str] = METHODS) -> list[Any]:
+def method_handles(
+    methods: Sequence[str] = METHODS, treatments: Sequence[str] = ("", "+comp", "+comp+ear")
+) -> list[Any]:
     """Entries of a legend: a row of colours, a row of line styles."""
     from matplotlib.lines import Line2D
 
     colours = [Line2D([], [], color=COLOURS[name], marker=MARKERS[name], label=NAMES[name]) for name in methods]
-    styles = [Line2D([], [], color="0.3", linestyle=LINES[key], label=text) for key, text in TREATMENTS.items()]
+    styles = [Line2D([], [], color="0.3", linestyle=LINES[key], label=TREATMENTS[key]) for key in treatments]
     # Legends are filled column by column.
     return [handle for pair in itertools.zip_longest(colours, styles) for handle in pair if handle is not None]

@@ -24,14 +24,16 @@ FIRST_ITERS = Svg2Config().init_iters
 class Settings:
     """What one rewritten attention computes.
 
-    density: fixed budget; None uses top_p. compensation, by_error: of EAR. gather_keys: the attention kernel reads keys
-    and values in token order through k_order, instead of permuted copies.
+    density: fixed budget; None uses top_p. compensation, by_error: of EAR. first_order: this package's own default,
+    with one density for all heads. gather_keys: the attention kernel reads keys and values in token order through
+    k_order, instead of permuted copies.
     """
 
     density: float | None = None
     top_p: float = 0.9
     compensation: bool = False
     by_error: bool = False
+    first_order: bool = False
     gather_keys: bool = False
 
 
@@ -75,9 +77,14 @@ class Rewritten:
         stages = {"k-means": self.cluster, "order": self.order}
         if not self.settings.gather_keys:
             stages["permute"] = self.permute
-        if self.settings.compensation:
+        if self.settings.compensation or self.settings.first_order:
             stages["means"] = self.means
-        return {**stages, "select": self.select, "attend": self.attend}
+        if self.settings.first_order:
+            stages["estimate"] = self.estimate
+        stages["select"] = self.select
+        if self.settings.first_order:
+            stages["terms"] = self.first_order_terms
+        return {**stages, "attend": self.attend}
 
     def run(self) -> Tensor:
         """All stages. Returns out [1, H, N, D] in token order."""
@@ -104,7 +111,31 @@ class Rewritten:
     def means(self) -> None:
         self.v_means = ops.cluster_means(self.v_permuted, self.k_offsets)
 
+    @property
+    def clustered(self) -> tuple[Tensor, ...]:
+        """What estimates and terms are sums over."""
+        assert self.v_means is not None
+        return self.k_permuted, self.v_permuted, self.k_offsets, self.q_means, self.k_means, self.v_means
+
+    def estimate(self) -> None:
+        self.log_mass, self.log_error = ops.block_estimates(*self.clustered, self.shape.scale)
+
+    def first_order_terms(self) -> None:
+        known = (self.log_mass, self.block_map, self.shape.scale)
+        self.residual, self.slope = ops.first_order_terms(*self.clustered, *known)
+
+    def _select_of_layer(self) -> None:
+        assert self.settings.density is not None, "heads share a density"
+        queries = (self.inputs.query, self.q_order, self.q_offsets, self.q_means)
+        estimates = (self.log_mass, self.log_error, ops.cluster_variances(*queries))
+        density = torch.full((), self.settings.density, device=self.q_means.device)
+        sizes = (self.q_sizes, self.k_offsets)
+        self.block_map = ops.select_blocks_of_layer(*estimates, self.k_means, *sizes, self.shape.scale, density)
+
     def select(self) -> None:
+        if self.settings.first_order:
+            self._select_of_layer()
+            return
         limits = (self.shape.scale, self.settings.top_p, 0.0, self.settings.density)
         if not self.settings.by_error:
             self.block_map = ops.select_blocks(self.q_means, self.k_means, self.q_sizes, self.k_sizes, *limits)
@@ -121,8 +152,13 @@ class Rewritten:
             key, value, k_order = self.inputs.key, self.inputs.value, self.k_order
         else:
             key, value, k_order = self.k_permuted, self.v_permuted, None
-        means = (None, None) if self.v_means is None else (self.k_means, self.v_means)
         blocks = (self.q_offsets, self.k_offsets, self.block_map)
+        if self.settings.first_order:
+            terms = (self.log_mass, self.residual, self.slope)
+            tokens = (self.inputs.query, key, value)
+            of_clusters = (self.shape.scale, *self.clustered[3:], *terms, self.q_order, k_order)
+            return ops.first_order_attention(*tokens, *blocks, *of_clusters)
+        means = (None, None) if self.v_means is None else (self.k_means, self.v_means)
         return ops.block_sparse_attention(
             self.inputs.query, key, value, *blocks, self.shape.scale, *means, self.q_order, k_order
         )
@@ -150,12 +186,23 @@ class Rewritten:
         scores = self.shape.scale * (query[tokens] @ key.T)
         k_block = _block_of_token(self.k_order[0, head], self.k_offsets[0, head])
         scores.masked_fill_(~selected[:, k_block], -math.inf)
-        if self.v_means is not None:
-            sizes = self.k_offsets[0, head].diff()[:-2]
-            bias = self.shape.scale * (query[tokens] @ self.k_means[0, head].double().T) + sizes.double().log()
-            scores = torch.cat([scores, bias.masked_fill(selected[:, :-2], -math.inf)], dim=1)
-            value = torch.cat([value, self.v_means[0, head].double()])
-        return torch.softmax(scores, dim=-1) @ value
+        if self.v_means is None:
+            return torch.softmax(scores, dim=-1) @ value
+        own = _block_of_token(self.q_order[0, head], self.q_offsets[0, head])[tokens]
+        bias = self.k_offsets[0, head].diff()[:-2].double().log()
+        if self.settings.first_order:
+            # Context queries skip nothing.
+            own = own.clamp(max=self.q_means.shape[2] - 1)
+            at_centroid = self.shape.scale * (self.q_means[0, head].double() @ self.k_means[0, head].double().T)
+            bias = (self.log_mass[0, head, :, :-2].double() - at_centroid)[own]
+        skipped = self.shape.scale * (query[tokens] @ self.k_means[0, head].double().T) + bias
+        scores = torch.cat([scores, skipped.masked_fill(selected[:, :-2], -math.inf)], dim=1)
+        weights, value = torch.softmax(scores, dim=-1), torch.cat([value, self.v_means[0, head].double()])
+        if not self.settings.first_order:
+            return weights @ value
+        away = query[tokens] - self.q_means[0, head].double()[own]
+        added = self.residual[0, head].double()[own] + away @ self.slope[0, head].double()
+        return weights @ value + weights[:, -skipped.shape[1] :].sum(dim=1, keepdim=True) * added
 
 
 def _block_of_token(order: Tensor, offsets: Tensor) -> Tensor:

@@ -142,6 +142,42 @@ SELECT_BLOCKS_BY_ERROR: Contract = (
     *SELECTION_LIMITS,
 )
 
+CLUSTER_VARIANCES: Contract = (
+    tensor("x", FLOATING, "[B, H, N, D]"),
+    tensor("order", INT32, "[B, H, N]", meaning="[B, H, N] of its tokens"),
+    *offsets("offsets", "[B, H, C + 3]"),
+    tensor("centroids", FLOAT32, "[B, H, C, D]"),
+)
+
+CLUSTERED_TOKENS: Contract = (
+    *CENTROID_PAIR,
+    tensor("key", FLOATING, "[B, Hkv, Nk, D]"),
+    tensor("value", FLOATING, "[B, Hkv, Nk, Dv]"),
+    tensor("k_offsets", INT32, "[B, Hkv, Ck + 3]"),
+    tensor("v_centroids", FLOAT32, "[B, Hkv, Ck, Dv]"),
+)
+
+BLOCK_ESTIMATES: Contract = (*CLUSTERED_TOKENS, finite_scale)
+
+SELECT_BLOCKS_OF_LAYER: Contract = (
+    tensor("q_variances", FLOAT32, "[B, Hq, Cq, D]"),
+    tensor("k_centroids", FLOAT32, "[B, Hkv, Ck, D]"),
+    heads_divide,
+    tensor("log_mass", FLOAT32, "[B, Hq, Cq, Ck + 2]"),
+    tensor("log_error", FLOAT32, "[B, Hq, Cq, Ck]"),
+    tensor("q_sizes", INT32, "[B, Hq, Cq]"),
+    tensor("k_offsets", INT32, "[B, Hkv, Ck + 3]"),
+    finite_scale,
+    tensor("density", FLOAT32, "[]", meaning="a scalar tensor []"),
+)
+
+FIRST_ORDER_TERMS: Contract = (
+    *CLUSTERED_TOKENS,
+    tensor("log_mass", FLOAT32, "[B, Hq, Cq, Ck + 2]"),
+    tensor("block_map", BOOL, "[B, Hq, Cq + 2, Ck + 2]"),
+    finite_scale,
+)
+
 BLOCK_SPARSE_ATTENTION: Contract = (
     tensor("query", FLOATING, "[B, Hq, Nq, D]"),
     tensor("key", FLOATING, "[B, Hkv, Nk, D]", like="query"),
@@ -154,6 +190,26 @@ BLOCK_SPARSE_ATTENTION: Contract = (
     both_centroids_or_neither,
     tensor("k_centroids", FLOAT32, "[B, Hkv, Ck, D]"),
     tensor("v_centroids", FLOAT32, "[B, Hkv, Ck, Dv]"),
+    tensor("q_order", INT32, "[B, Hq, Nq]", meaning="[B, H, N] of its tokens"),
+    tensor("k_order", INT32, "[B, Hkv, Nk]", meaning="[B, H, N] of its tokens"),
+    at_least_one("workspace_mb", " (MiB)"),
+)
+
+FIRST_ORDER_ATTENTION: Contract = (
+    tensor("query", FLOATING, "[B, Hq, Nq, D]"),
+    tensor("key", FLOATING, "[B, Hkv, Nk, D]", like="query"),
+    heads_divide,
+    tensor("value", FLOATING, "[B, Hkv, Nk, Dv]", like="query"),
+    *offsets("q_offsets", "[B, Hq, Cq + 3]"),
+    *offsets("k_offsets", "[B, Hkv, Ck + 3]"),
+    tensor("block_map", BOOL, "[B, Hq, Cq + 2, Ck + 2]"),
+    finite_scale,
+    tensor("q_centroids", FLOAT32, "[B, Hq, Cq, D]"),
+    tensor("k_centroids", FLOAT32, "[B, Hkv, Ck, D]"),
+    tensor("v_centroids", FLOAT32, "[B, Hkv, Ck, Dv]"),
+    tensor("log_mass", FLOAT32, "[B, Hq, Cq, Ck + 2]"),
+    tensor("residual", FLOAT32, "[B, Hq, Cq, Dv]"),
+    tensor("slope", FLOAT32, "[B, Hkv, D, Dv]"),
     tensor("q_order", INT32, "[B, Hq, Nq]", meaning="[B, H, N] of its tokens"),
     tensor("k_order", INT32, "[B, Hkv, Nk]", meaning="[B, H, N] of its tokens"),
     at_least_one("workspace_mb", " (MiB)"),

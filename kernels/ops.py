@@ -7,66 +7,46 @@ of Hkv; query head h reads key head ``h // (Hq // Hkv)``), N tokens, D head_dim,
 with masked tokens; each may be empty. ``offsets`` int32 [B, H, C + 3] are the blocks' boundaries.
 
 A function below ``@define`` is three things at once: the op's signature, its documentation, and its fake kernel, whose
-body makes empty results of the right shape, dtype and layout. What a call must keep to is a table in ``contracts.py``.
-Which implementation runs is one table in ``dispatch.py``; ``use_implementation`` asks for one explicitly, and such a
-request never falls back. The ops are for inference: they have no autograd formula.
+body makes empty results of the right shape, dtype and layout (``definition.py``). What a call must keep to is a table
+in ``contracts.py``. The ops of first-order compensation, and of budgets that a layer's heads share, are in
+``first_order.py``. Which implementation runs is one table in ``dispatch.py``; ``use_implementation`` asks for one
+explicitly, and such a request never falls back. The ops are for inference: they have no autograd formula.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
-from svg2_compile.kernels import contracts, validation
-from svg2_compile.kernels.dispatch import implementation_for, run_implementation, use_implementation
+from svg2_compile.kernels import contracts
+from svg2_compile.kernels.definition import define
+from svg2_compile.kernels.dispatch import implementation_for, use_implementation
+from svg2_compile.kernels.first_order import (
+    block_estimates,
+    cluster_variances,
+    first_order_attention,
+    first_order_terms,
+    select_blocks_of_layer,
+)
 
 __all__ = [
     "block_density",
+    "block_estimates",
     "block_sparse_attention",
     "cluster_means",
     "cluster_order",
+    "cluster_variances",
+    "first_order_attention",
+    "first_order_terms",
     "implementation_for",
     "kmeans",
     "permute_tokens",
     "select_blocks",
     "select_blocks_by_error",
+    "select_blocks_of_layer",
     "unpermute_tokens",
     "use_implementation",
 ]
-
-# No input's strides matter, so a compiler may lay out what it feeds to these ops as it likes.
-_TAGS = (torch.Tag.flexible_layout,)
-
-
-def define(contract: validation.Contract) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Make the decorated function, the fake kernel of an op, into the op ``svg2::<its name>``.
-
-    A call of the op is checked by ``contract`` and passed on, all arguments in order, to the function of that name in
-    the implementation that serves the tensors' device.
-    """
-
-    def register(fake: Callable[..., Any]) -> CustomOpDef:
-        name, parameters = fake.__name__, inspect.signature(fake).parameters
-        defaults = tuple(parameter.default for parameter in parameters.values())
-
-        def checked_call(*args: Any) -> Any:
-            args += defaults[len(args) :]  # torch leaves out last arguments that equal their defaults
-            device = validation.validate(name, contract, dict(zip(parameters, args, strict=True)))
-            return run_implementation(name, device, *args)
-
-        schema = torch.library.infer_schema(fake, mutates_args=())
-        op = torch.library.custom_op(f"svg2::{name}", checked_call, mutates_args=(), schema=schema, tags=_TAGS)
-        op.register_fake(fake)
-        functools.update_wrapper(op, fake)  # for help() and inspect.signature()
-        return op
-
-    return register
 
 
 @define(contracts.KMEANS)

@@ -105,12 +105,15 @@ _DENSITY_BY_TOP_P = ((0.0, 0.05), (0.7, 0.14), (0.85, 0.25), (0.9, 0.30), (0.95,
 
 # What a pair of query centroid and key costs in error-aware routing, in pairs of attention (measured on a CPU).
 _ROUTING_PAIR = 5
+# What such a pair costs beyond that for the residual of first-order compensation (measured on a CPU).
+_RESIDUAL_PAIR = 2
 
 
 @dataclass(frozen=True)
 class CostInputs:
     """One attention. video, context: tokens; ints or sympy. groups: batch * query heads. iters: k-means iterations.
-    compensation: skipped clusters take part by their centroids. error_routing: blocks are chosen by error."""
+    compensation: skipped clusters take part by their centroids; first_order: and with residual and slope.
+    error_routing: blocks are chosen by error."""
 
     video: Any
     context: Any
@@ -123,6 +126,7 @@ class CostInputs:
     bytes_per_element: int = 2
     compensation: bool = False
     error_routing: bool = False
+    first_order: bool = False
 
 
 def profile_for(device: torch.device) -> DeviceProfile:
@@ -181,6 +185,9 @@ def sparse_seconds(cost: CostInputs, profile: DeviceProfile) -> Any:
     pairs = cost.density * cost.video**2 + 2 * cost.video * cost.context + cost.context**2
     if cost.compensation:
         pairs += (1 - cost.density) * cost.video * cost.num_k_clusters
+    if cost.first_order:
+        # The slope is a product of keys with values, and one of queries with it.
+        pairs += _RESIDUAL_PAIR * cost.video * cost.num_q_clusters + cost.video * cost.head_dim
     if cost.error_routing:
         pairs += _ROUTING_PAIR * cost.video * cost.num_q_clusters
     attend = 4 * cost.groups * pairs * cost.head_dim / profile.sparse_flops

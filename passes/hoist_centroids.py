@@ -16,6 +16,9 @@ After (the caller owns the state and says how far to iterate):
         ...
         return (y, centroids, ..., density)
 
+With ``budget_input`` the density that a layer's heads share becomes an input as well, behind the others: float32 [],
+on the device, so that it may change from step to step without a new graph and without a host read.
+
 Guarantees: the graph is a pure function of its inputs; the original inputs and outputs keep their places, the new ones
 follow them in the order of the StateSpec. No state is hidden in the graph and no constant depends on layer or step.
 """
@@ -54,7 +57,8 @@ class StateSlot:
 class StateSpec:
     """How the rewritten graph is called.
 
-    Inputs:  the original ones, one centroid tensor per slot, ``seeded`` (bool tensor []), ``iters`` (int).
+    Inputs:  the original ones, one centroid tensor per slot, ``seeded`` (bool tensor []), ``iters`` (int), and with
+             ``has_budget`` the density (float32 tensor []).
     Outputs: the original ones, one centroid tensor per slot, one density tensor [B, H] per entry of density_sites.
     """
 
@@ -63,10 +67,14 @@ class StateSpec:
     num_inputs: int
     num_outputs: int
     device: torch.device
+    has_budget: bool = False
 
 
-def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite]) -> StateSpec:
-    """Replace every cold start of ``gm`` by a graph input, in place, and return how to call the result."""
+def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite], budget_input: bool = False) -> StateSpec:
+    """Replace every cold start of ``gm`` by a graph input, in place, and return how to call the result.
+
+    budget_input: make the density an input too, where heads share one (``SparseSite.budget``).
+    """
     graph = gm.graph
     clusterings = [(site, side) for site in sites for side in (site.query, site.key)]
     placeholders = _Placeholders(graph)
@@ -79,6 +87,12 @@ def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite]) -> StateSpe
     device = _device_of(graph, clusterings[0][1])
     seeded = placeholders.append("svg2_seeded", clusterings[0][1].cold_flag)
     iters = placeholders.append_int("svg2_iters")
+    budgets = [site.budget for site in sites if site.budget is not None] if budget_input else []
+    if budgets:
+        budget = placeholders.append("svg2_budget", budgets[0])
+        for node in budgets:
+            node.replace_all_uses_with(budget)
+            _erase_unused(graph, node)
     for _, side in clusterings:
         side.kmeans.update_arg(2, seeded)
         side.kmeans.update_arg(3, iters)
@@ -91,7 +105,9 @@ def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite]) -> StateSpe
     )
     graph.lint()
     gm.recompile()
-    return StateSpec(tuple(slots), tuple(site.site.index for site in densities), num_inputs, num_outputs, device)
+    return StateSpec(
+        tuple(slots), tuple(site.site.index for site in densities), num_inputs, num_outputs, device, bool(budgets)
+    )
 
 
 class _Placeholders:

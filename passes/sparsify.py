@@ -12,9 +12,22 @@ After:
     k_labels, k_centroids, k_sizes = svg2.kmeans(key, cold_centroids, cold_flag, init_iters)
     q_order, q_offsets = svg2.cluster_order(q_labels, Cq, start, N)
     k_order, k_offsets = svg2.cluster_order(k_labels, Ck, start, N, valid)
+    key, value = svg2.permute_tokens(key, k_order), svg2.permute_tokens(value, k_order)
     block_map = svg2.select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_k_ratio)
-    out = svg2.block_sparse_attention(
-        query, permute(key), permute(value), q_offsets, k_offsets, block_map, scale, q_order=q_order)
+    out = svg2.block_sparse_attention(query, key, value, q_offsets, k_offsets, block_map, scale, q_order=q_order)
+
+With compensation="first_order" and one budget for all heads, the last two lines are:
+
+    v_centroids = svg2.cluster_means(value, k_offsets)
+    q_variances = svg2.cluster_variances(query, q_order, q_offsets, q_centroids)
+    log_mass, log_error = svg2.block_estimates(key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale)
+    block_map = svg2.select_blocks_of_layer(
+        log_mass, log_error, q_variances, k_centroids, q_sizes, k_offsets, scale, budget)
+    residual, slope = svg2.first_order_terms(
+        key, value, k_offsets, q_centroids, k_centroids, v_centroids, log_mass, block_map, scale)
+    out = svg2.first_order_attention(
+        query, key, value, q_offsets, k_offsets, block_map, scale,
+        q_centroids, k_centroids, v_centroids, log_mass, residual, slope, q_order)
 
 Keys and values are permuted once, for all that reads them cluster by cluster. Queries are read, and rows of the result
 written, where they lie: the kernel follows q_order, and neither takes a trip through memory of its own.
@@ -32,8 +45,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from svg2_compile.kernels import ops as _ops  # noqa: F401  (registers the svg2:: operators)
 from svg2_compile.passes.attention.emit_padding import emit_valid, emit_zero_padding
+from svg2_compile.passes.block_attention import BlockAttention, ClusteredTokens, Clustering, SparsityPolicy
 from svg2_compile.passes.graph.builder import GraphBuilder
 from svg2_compile.passes.graph.sizes import SizeEmitter
 from svg2_compile.passes.sites import Site
@@ -44,41 +57,6 @@ _svg2 = torch.ops.svg2
 
 
 @dataclass(frozen=True)
-class SparsityPolicy:
-    """What the rewritten attention computes; the numbers of algorithm.md, section "SVG2" and "EAR".
-
-    top_p, min_k_ratio, density: block selection (density, if given, replaces top_p by a fixed budget).
-    init_iters: k-means iterations of a cold start.
-    compensation: "none", or "centroid" to let skipped clusters contribute through their centroids.
-    routing: "score" (softmax mass) or "error" (expected error of compensation).
-    collect_stats: also emit the density of every site.
-    workspace_mb: MiB that the attention kernel may use for its lists of keys, on a GPU.
-    """
-
-    top_p: float
-    min_k_ratio: float
-    density: float | None
-    init_iters: int
-    compensation: str
-    routing: str
-    collect_stats: bool
-    workspace_mb: int
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """The k-means of one side of a site, with the nodes that a cold start reads and hoist_centroids replaces."""
-
-    role: str  # "query" or "key"
-    kmeans: fx.Node
-    cold_centroids: fx.Node
-    cold_flag: fx.Node
-    labels: fx.Node
-    centroids: fx.Node
-    sizes: fx.Node
-
-
-@dataclass(frozen=True)
 class SparseSite:
     """One rewritten attention."""
 
@@ -86,6 +64,7 @@ class SparseSite:
     query: Clustering
     key: Clustering
     density: fx.Node | None
+    budget: fx.Node | None  # float32 [], the constant density that select_blocks_of_layer reads
 
 
 def sparsify(gm: fx.GraphModule, sites: list[Site], policy: SparsityPolicy) -> list[SparseSite]:
@@ -126,26 +105,16 @@ class _SiteRewriter:
 
         k_permuted = build.call(_svg2.permute_tokens.default, key, k_order, name="key_permuted")
         v_permuted = build.call(_svg2.permute_tokens.default, value, k_order, name="value_permuted")
-        value_centroids = None
-        if self.policy.compensation == "centroid":
-            value_centroids = build.call(_svg2.cluster_means.default, v_permuted, k_offsets, name="value_centroids")
-
-        block_map = self._select(query_side, key_side, k_permuted, v_permuted, k_offsets, value_centroids)
-        attended = build.call(
-            _svg2.block_sparse_attention.default,
-            *(query, k_permuted, v_permuted, q_offsets, k_offsets, block_map, self.scale),
-            *((key_side.centroids, value_centroids) if value_centroids is not None else (None, None)),
-            *(q_order, None, self.policy.workspace_mb),
-            name="attended",
-        )
-        (out,) = build.unpack(attended, ["out"])
+        tokens = ClusteredTokens(query, k_permuted, v_permuted, q_order, q_offsets, k_offsets)
+        attention = BlockAttention(build, self.policy, self.scale, tokens, query_side, key_side)
+        out = attention.emit()
         if self.site.key_padding is not None and self.site.key_padding.queries is not None:
             out = emit_zero_padding(build, self.site.key_padding.queries, out)
         density = None
         if self.policy.collect_stats:
-            density = build.call(_svg2.block_density.default, q_offsets, k_offsets, block_map, name="density")
+            density = build.call(_svg2.block_density.default, q_offsets, k_offsets, attention.block_map, name="density")
         self._replace(out)
-        return SparseSite(self.site, query_side, key_side, density)
+        return SparseSite(self.site, query_side, key_side, density, attention.budget)
 
     def _heads_first(self) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Query, key and value as [B, H, N, D], in the dtype that the dense attention computes in."""
@@ -194,30 +163,6 @@ class _SiteRewriter:
             _svg2.cluster_order.default, labels, clusters, self.start, self.num_tokens, *extra, name=f"{role}_ordering"
         )
         return self.build.unpack(ordered, [f"{role}_order", f"{role}_offsets"])
-
-    def _select(
-        self,
-        query: Clustering,
-        key: Clustering,
-        k_permuted: fx.Node,
-        v_permuted: fx.Node,
-        k_offsets: fx.Node,
-        value_centroids: fx.Node | None,
-    ) -> fx.Node:
-        budget = (self.scale, self.policy.top_p, self.policy.min_k_ratio, self.policy.density)
-        if self.policy.routing == "error":
-            return self.build.call(
-                _svg2.select_blocks_by_error.default,
-                *(k_permuted, v_permuted, k_offsets, query.centroids, key.centroids, value_centroids, query.sizes),
-                *budget,
-                name="block_map",
-            )
-        return self.build.call(
-            _svg2.select_blocks.default,
-            *(query.centroids, key.centroids, query.sizes, key.sizes),
-            *budget,
-            name="block_map",
-        )
 
     def _replace(self, out: fx.Node) -> None:
         """Put ``out`` [B, H, N, D] in the place of the dense attention, in its layout and with its strides."""

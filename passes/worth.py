@@ -93,8 +93,9 @@ def _cost_inputs(site: Site, policy: SitePolicy) -> CostInputs | None:
         iters=policy.step_iters,
         density=expected_density(policy.top_p, policy.density, policy.min_k_ratio),
         bytes_per_element=node_value(site.call.node).dtype.itemsize,
-        compensation=policy.compensation == "centroid",
+        compensation=policy.compensation != "none",
         error_routing=policy.routing == "error",
+        first_order=policy.compensation == "first_order",
     )
 
 

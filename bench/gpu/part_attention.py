@@ -23,6 +23,7 @@ VARIANTS = {
     "25 %, keys gathered by k_order": Settings(density=0.25, gather_keys=True),
     "25 %, compensation": Settings(density=0.25, compensation=True),
     "25 %, compensation, error routing": Settings(density=0.25, compensation=True, by_error=True),
+    "10 %, first order": Settings(density=0.1, first_order=True),
 }
 
 

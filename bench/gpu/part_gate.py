@@ -20,6 +20,7 @@ VARIANTS = {
     "keys gathered": Settings(density=0.25, gather_keys=True),
     "compensation": Settings(density=0.25, compensation=True),
     "error routing": Settings(density=0.25, compensation=True, by_error=True),
+    "first order": Settings(density=0.25, first_order=True),
 }
 
 

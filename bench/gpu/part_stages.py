@@ -16,6 +16,7 @@ EXTRAS = {
     "keys gathered by k_order": Settings(density=0.25, gather_keys=True),
     "compensation": Settings(density=0.25, compensation=True),
     "compensation, error routing": Settings(density=0.25, compensation=True, by_error=True),
+    "first order, 10 %": Settings(density=0.1, first_order=True),
 }
 # What the goal of 2 % of the dense time is about.
 BOOKKEEPING = ("order", "permute", "select")

@@ -17,9 +17,10 @@ import numpy as np
 
 from bench.common import IMAGES, RESULTS
 from bench.plot_style import COLOURS, LINES, MARKERS, METHODS, NAMES, finish, method_handles, new_figure, save
-from bench.quality.measure import average
+from bench.quality.measure import VARIANTS, average
+from bench.quality.plots_first_order import plot_first_order, plot_queries
 from bench.quality.plots_video import plot_psnr_density, plot_psnr_speed
-from bench.quality.results import ATTENTION, SPEED, VIDEO, read_results
+from bench.quality.results import ATTENTION, FIRST_ORDER, FIRST_ORDER_LAYERS, SPEED, VIDEO, read_results
 
 __all__ = ["plot_errors", "plot_recall", "plot_reuse"]
 
@@ -112,8 +113,8 @@ def plot_errors(document: Mapping[str, Any], folder: Path = IMAGES) -> Path:
     figure, (curves, layers) = new_figure(2, 4.8)
     errors = average([result["error"] for result in document["results"]])
     for name in METHODS:
-        for treatment, line in LINES.items():
-            curve = errors[name + treatment]
+        for treatment in VARIANTS:
+            line, curve = LINES[treatment], errors[name + treatment]
             style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 4}
             curves.plot(curve["density"], curve["error"], line, **style)
     finish(curves, "density", "output error, relative to dense", "Mean over layers and steps", "x")
@@ -121,7 +122,8 @@ def plot_errors(document: Mapping[str, Any], folder: Path = IMAGES) -> Path:
     rows = [row for row in document["summary"] if row["layer"] != "all"]
     places = [row["layer"] for row in rows]
     for name in METHODS:
-        for treatment, line in LINES.items():
+        for treatment in VARIANTS:
+            line = LINES[treatment]
             values = [row["error at 25%"][name + treatment] for row in rows]
             layers.plot(places, values, line, color=COLOURS[name], marker=MARKERS[name], markersize=4)
     finish(layers, "layer", "output error, relative to dense", "At 25 % density, layer by layer")
@@ -210,6 +212,10 @@ def main() -> None:
         drawn.append(plot_psnr_density(video["results"], options.out, note))
     if speed is not None:
         drawn.append(plot_psnr_speed(speed["results"], options.out, "\n".join([speed_note(speed), note]).strip()))
+    for name, plot in ((FIRST_ORDER, plot_first_order), (FIRST_ORDER_LAYERS, plot_queries)):
+        document = read_results(options.results, name)
+        if document is not None:
+            drawn.append(plot(document, options.out))
     for path in drawn:
         print(path)
     if not drawn:

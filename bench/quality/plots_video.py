@@ -71,8 +71,11 @@ def _plot_video_curves(
 
 
 def _save_with_legend(figure: Any, rows: Sequence[Mapping[str, Any]], folder: Path, name: str, note: str) -> Path:
-    kinds = {_split_method(row["method"])[0] for row in rows}
-    handles = method_handles([kind for kind in METHODS if kind in kinds])
+    drawn = [_split_method(row["method"]) for row in rows]
+    kinds, treatments = ({names[part] for names in drawn} for part in (0, 1))
+    handles = method_handles(
+        [kind for kind in METHODS if kind in kinds], [treatment for treatment in LINES if treatment in treatments]
+    )
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
     figure.suptitle(note, fontsize=9)
     return save(figure, folder, name)

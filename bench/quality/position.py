@@ -15,42 +15,25 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels.cpu.implementation import (
-    block_density,
-    block_sparse_attention,
-    cluster_means,
-    cluster_order,
-    permute_tokens,
-    select_blocks,
-    select_blocks_by_error,
-    unpermute_tokens,
-)
-from svg2_compile.kernels.dispatch import IMPLEMENTATIONS, Implementation, use_implementation
+from bench.quality.implementations import implementation
+from svg2_compile.kernels.cpu import implementation as cpu
 
-__all__ = [
-    "KINDS",
-    "block_density",
-    "block_sparse_attention",
-    "cluster_means",
-    "cluster_order",
-    "kmeans",
-    "permute_tokens",
-    "position_blocks",
-    "position_labels",
-    "select_blocks",
-    "select_blocks_by_error",
-    "unpermute_tokens",
-]
+__all__ = ["KINDS", "kmeans", "position_blocks", "position_labels"]
 
 KINDS = ("raster", "tiles")
-_NAME = "position"
 
 Grid = tuple[int, int, int]  # frames, height, width, in tokens
 _blocks: ContextVar[tuple[str, Grid] | None] = ContextVar("bench_position_blocks", default=None)
+
+
+def __getattr__(name: str) -> Any:
+    """Every other operator is the CPU's."""
+    return getattr(cpu, name)
 
 
 @contextmanager
@@ -69,16 +52,12 @@ def position_blocks(kind: str, grid: Grid) -> Iterator[None]:
         raise ValueError(f"position_blocks: kind is {kind!r}; valid: {', '.join(KINDS)}")
     if len(grid) != 3 or min(grid) < 1:
         raise ValueError(f"position_blocks: grid is {grid!r}; valid: frames, height and width, each at least 1")
-    before = IMPLEMENTATIONS.get(_NAME)
-    IMPLEMENTATIONS[_NAME] = Implementation(__name__, ("cpu",))
     token = _blocks.set((kind, grid))
     try:
-        with use_implementation(_NAME):
+        with implementation("position", __name__):
             yield
     finally:
         _blocks.reset(token)
-        if before is None:
-            del IMPLEMENTATIONS[_NAME]
 
 
 def kmeans(

@@ -6,10 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ATTENTION", "LONG", "SPEED", "VIDEO", "read_results"]
+__all__ = [
+    "ATTENTION",
+    "FIRST_ORDER",
+    "FIRST_ORDER_LAYERS",
+    "FIRST_ORDER_SIZES",
+    "LONG",
+    "SPEED",
+    "VIDEO",
+    "read_results",
+]
 
 ATTENTION = "quality_attention"
 VIDEO = "quality_video"
+FIRST_ORDER = "quality_first_order"
+FIRST_ORDER_LAYERS, FIRST_ORDER_SIZES = "quality_first_order_layers", "quality_first_order_sizes"
+"""``bench.quality.campaign``: what the default and each of its parts are worth."""
 LONG = "quality_video_long"
 """``bench.quality.video`` of a video that is long enough to gain."""
 SPEED = "quality_video_speed"

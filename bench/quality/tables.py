@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.common import BENCH, RESULTS
-from bench.quality.results import ATTENTION, SPEED, VIDEO, read_results
+from bench.common import BENCH, RESULTS, markdown
+from bench.quality.results import (
+    ATTENTION,
+    FIRST_ORDER,
+    FIRST_ORDER_LAYERS,
+    FIRST_ORDER_SIZES,
+    SPEED,
+    VIDEO,
+    read_results,
+)
+from bench.quality.tables_first_order import layers_table, parts_table, psnr_table, schedules_table, sizes_table
 
 __all__ = [
     "attention_tables",
@@ -45,11 +54,6 @@ ESTIMATES = {
     "error": 'squared sum of the keys\' errors (`routing="error"`)',
     "oracle": "the same of a sample of 1,024 queries, not of the centroids",
 }
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def counted(number: int, thing: str) -> str:
@@ -159,6 +163,9 @@ TABLES: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     },
     VIDEO: {"video": video_table},
     SPEED: {"speed": speed_table},
+    FIRST_ORDER: {"psnr": psnr_table, "parts": parts_table, "schedules": schedules_table},
+    FIRST_ORDER_LAYERS: {"layers": layers_table},
+    FIRST_ORDER_SIZES: {"sizes": sizes_table},
 }
 """The tables made from each result file, by their mark on the page."""
 

@@ -141,11 +141,11 @@ def _spread(name: str, values: list[float], digits: int) -> dict[str, float]:
     return {f"{name}_mean": round(statistics.fmean(values), digits), f"{name}_std": round(deviation, digits)}
 
 
-def gate(jobs: Sequence[Job], setting: Setting) -> float:
+def gate(jobs: Sequence[Job], setting: Setting, method: Method = METHODS[0]) -> float:
     """With every cluster kept, the sparse video must be the dense one. Returns the largest difference."""
     model = _model()
     short = Setting(setting.size, 3, setting.guidance, dense_steps=0, dense_layers=0)
-    (sparse,) = sample_sparse(model, jobs[:1], short, METHODS[0], {"top_p": 1.0})
+    (sparse,) = sample_sparse(model, jobs[:1], short, method, {"density": 1.0})
     return require_close("all clusters kept", sparse.video, sample(model, *jobs[0], short).video, 1e-3)
 
 

@@ -63,16 +63,34 @@ def block_sparse_attention(
         key, value = permute_tokens(key, k_order), permute_tokens(value, k_order)
     if q_order is not None:
         query = permute_tokens(query, q_order)
+    means = None if k_centroids is None or v_centroids is None else (k_centroids, v_centroids)
+    out, lse = attend_to_blocks((query, key, value), q_offsets, k_offsets, block_map, scale, means, query.dtype)
+    if q_order is not None:
+        return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.to(torch.int64), lse)
+    return out, lse
+
+
+def attend_to_blocks(
+    tokens: tuple[Tensor, Tensor, Tensor],
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    block_map: Tensor,
+    scale: float,
+    means: tuple[Tensor, Tensor] | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] of permuted query, key and value; with ``means`` of the keys and
+    values of clusters, skipped clusters take part by them."""
+    query, key, value = tokens
     batch, q_heads, num_queries, _ = query.shape
     kv_heads = key.shape[1]
     _check_offset_contents("q_offsets", q_offsets, num_queries)
     _check_offset_contents("k_offsets", k_offsets, key.shape[2])
     rows = query.reshape(-1, query.shape[3])
     # One row more than there are queries: there the padding goes.
-    out = query.new_zeros(rows.shape[0] + 1, value.shape[3])
+    out = query.new_zeros(rows.shape[0] + 1, value.shape[3], dtype=out_dtype)
     lse = query.new_full((rows.shape[0] + 1,), -math.inf, dtype=torch.float32)
     limits = tuned("cpu_attention", key.device, key.dtype, key.shape[3], key.shape[2])
-    means = None if k_centroids is None or v_centroids is None else (k_centroids, v_centroids)
     heads = [(b, g) for b in range(batch) for g in range(kv_heads)]
     at_once = max(1, TABLE_BYTES // max(1, 4 * key.shape[2] * (key.shape[3] + value.shape[3])))
     for first in range(0, len(heads), at_once):
@@ -81,11 +99,7 @@ def block_sparse_attention(
         for together in _in_bounded_memory(_query_groups(keys, chosen, q_offsets, block_map, kv_heads)):
             for groups in shared_calls(together, GATHERED_BYTES // (4 * (key.shape[3] + value.shape[3]))):
                 _attend(rows, keys, groups, scale, limits, out, lse)
-    out = out[:-1].view(batch, q_heads, num_queries, value.shape[3])
-    lse = lse[:-1].view(batch, q_heads, num_queries)
-    if q_order is not None:
-        return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.to(torch.int64), lse)
-    return out, lse
+    return out[:-1].view(batch, q_heads, num_queries, value.shape[3]), lse[:-1].view(batch, q_heads, num_queries)
 
 
 def block_density(q_offsets: Tensor, k_offsets: Tensor, block_map: Tensor) -> Tensor:

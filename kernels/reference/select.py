@@ -19,7 +19,7 @@ def _keep_until(priority: Tensor, cost: Tensor, budget: Tensor, min_count: int) 
     return torch.zeros_like(kept_in_order).scatter_(-1, order, kept_in_order)
 
 
-def _with_context_and_null(kept: Tensor) -> Tensor:
+def with_context_and_null(kept: Tensor) -> Tensor:
     """Clusters' map [B, Hq, Cq, Ck] -> block map [B, Hq, Cq + 2, Ck + 2]: context row and column True, null ones
     False."""
     block_map = torch.nn.functional.pad(kept, (0, 2, 0, 2))
@@ -85,7 +85,7 @@ def select_blocks(
 ) -> Tensor:
     """Largest softmax mass first; see ``ops.select_blocks``."""
     kept = select_clusters(q_centroids, k_centroids, k_sizes, scale, top_p, min_k_ratio, density, compute_dtype)
-    return _with_context_and_null(kept)
+    return with_context_and_null(kept)
 
 
 def select_blocks_by_error(
@@ -112,19 +112,19 @@ def select_blocks_by_error(
     if density is None or density >= 1:
         by_mass = select_clusters(q_centroids, k_centroids, k_sizes, scale, top_p, min_k_ratio, density, compute_dtype)
         if bool(by_mass.all()):
-            return _with_context_and_null(by_mass)
+            return with_context_and_null(by_mass)
         budget = (sizes * by_mass).sum(dim=-1, keepdim=True)
     else:
         budget = density * sizes.sum(dim=-1, keepdim=True)
-    log_error = _log_errors(key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale, compute_dtype)
+    log_error = log_errors(key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale, compute_dtype)
     empty = sizes == 0
     broken = (log_error.isnan() & ~empty).any(dim=-1, keepdim=True)
     priority = (log_error - sizes.log()).masked_fill(empty, -math.inf)
     # An empty cluster and one with error 0 both have priority -inf; masking afterwards keeps the empty one out.
-    return _with_context_and_null((_keep_until(priority, sizes, budget, 1) & ~empty) | broken)
+    return with_context_and_null((_keep_until(priority, sizes, budget, 1) & ~empty) | broken)
 
 
-def _log_errors(
+def log_errors(
     key: Tensor,
     value: Tensor,
     k_offsets: Tensor,

@@ -2,9 +2,10 @@
 
 One program takes one tile of query rows of one query block and walks the block's list of key ids (``plan.py``).
 Programs stay and draw their tiles from a counter, in the order of the heads, so that the keys of a head stay in the
-second-level cache and nobody waits for a long row at the end. Queries are read, and results written, through the query
-order where one is given: neither is ever permuted in memory. The ids of the next tile are loaded one step ahead, so
-that the loads of its keys do not wait for them.
+second-level cache and nobody waits for a long row at the end. Skipped clusters are taken last: then the part of the
+row's sum that is skipped, which the first-order terms are weighted by, is known for free. Queries are read, and results
+written, through the query order where one is given: neither is ever permuted in memory. The ids of the next tile are
+loaded one step ahead, so that the loads of its keys do not wait for them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def _attend_to_list(
     rows = tl.where(named, tl.load(ids + full + lane, mask=named, other=0), tl.load(ids, mask=count > 0, other=0))
     keys = gather_rows(key, rows, k_n, WIDTH, BLOCK_D, WIDE)
     score = tl.where(named[None, :], tl.dot(query, tl.trans(keys), input_precision=EXACT), float("-inf"))
-    largest = tl.where(count > 0, tl.max(score, 1) * to_log2, 0.0)
+    # A row without keys of its own leaves the scale to the means that follow, however small they are.
+    largest = tl.where(count > 0, tl.max(score, 1) * to_log2, -1e30)
     weight = tl.exp2(score * to_log2 - largest[:, None])
     total = tl.sum(weight, 1)
     values = gather_rows(value, rows, v_n, VALUE_WIDTH, BLOCK_DV, WIDE)
@@ -78,14 +80,15 @@ def _attend_to_list(
 
 @triton.jit
 def _attend_to_means(
-    acc, total, largest, query, k_means, v_means, log_sizes, ids, count, to_log2,
+    acc, total, largest, query, k_means, v_means, biases, ids, count, to_log2,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the ``count`` skipped clusters of a padded list: one key each, with the bias ln n."""
+    """Attend to the ``count`` skipped clusters of a padded list: one key each, with a bias float32 [Ck] in powers of
+    two."""
     lane = tl.arange(0, BLOCK_N)
     own = tl.load(ids, mask=count > 0, other=0)
     rows = tl.where(lane < count, tl.load(ids + lane, mask=lane < count, other=0), own)
-    bias = tl.load(log_sizes + rows)
+    bias = tl.load(biases + rows)
     for first in tl.range(0, count, BLOCK_N):
         named = first + lane < count
         next_named = first + BLOCK_N + lane < count
@@ -94,20 +97,43 @@ def _attend_to_means(
         score = tl.dot(query, tl.trans(keys), input_precision=EXACT) * to_log2 + bias[None, :]
         score = tl.where(named[None, :], score, float("-inf"))
         rows = tl.where(next_named, tl.load(ids + first + BLOCK_N + lane, mask=next_named, other=0), own)
-        bias = tl.load(log_sizes + rows)
+        bias = tl.load(biases + rows)
         acc, total, largest = _softmax_step(acc, total, largest, score, values, 1.0)
     return acc, total, largest
 
 
+@triton.jit
+def _first_order(
+    query, row, present, q_n, share, skipped, shift, slope,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """share (D_i + (q - q_i) G) of a tile, float32 [M, Dv]: shift [Dv] is D_i - q_i G, slope [D, Dv] is G. 0 where
+    nothing is skipped, whatever the terms are.
+
+    The queries are read again, some dimensions at a time: kept in registers until here, they would crowd out the
+    accumulator of wide heads.
+    """
+    STEP: tl.constexpr = min(BLOCK_D, 64)
+    column = tl.arange(0, BLOCK_DV)
+    term = tl.zeros([row.shape[0], BLOCK_DV], tl.float32) + tl.load(shift + column)[None, :]
+    for part in tl.static_range(BLOCK_D // STEP):
+        dim = part * STEP + tl.arange(0, STEP)
+        mask = present[:, None] & (dim[None, :] < WIDTH)
+        queries = tl.load(query + row.to(tl.int64)[:, None] * q_n + dim[None, :], mask=mask, other=0.0)
+        matrix = tl.load(slope + dim[:, None] * BLOCK_DV + column[None, :])
+        term = tl.dot(queries, matrix, term, input_precision=EXACT)
+    return tl.where(skipped > 0, share[:, None] * term, 0.0)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def attend(
-    query, key, value, k_means, v_means, log_sizes, out, lse, q_order, q_offsets,
-    key_counts, skipped_counts, places, tile_starts, tile_slots, pass_slots, pool, counters,
+    query, key, value, k_means, v_means, biases, shifts, slopes, out, lse, q_order, q_offsets,
+    rows_of_slots, key_counts, skipped_counts, places, tile_starts, tile_slots, pass_slots, pool, counters,
     this_pass, capacity, to_log2, sign, first_group, num_queries, num_q_heads, num_kv_heads, num_rows, num_k_blocks,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MEANS_N: tl.constexpr, HAS_ORDER: tl.constexpr,
-    COMPENSATE: tl.constexpr, WIDE: tl.constexpr,
+    COMPENSATE: tl.constexpr, FIRST_ORDER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """All query tiles of one pass, drawn from a counter."""
     first_tile = tl.load(tile_starts + tl.load(pass_slots + this_pass))
@@ -116,7 +142,8 @@ def attend(
     while tile < last_tile:
         slot = tl.load(tile_slots + tile).to(tl.int64)
         group = slot // num_rows + first_group
-        boundary = q_offsets + group * (num_rows + 1) + num_rows - 1 - slot % num_rows
+        block = tl.load(rows_of_slots + slot)
+        boundary = q_offsets + group * (num_rows + 1) + block
         position = tl.load(boundary) + (tile - tl.load(tile_starts + slot)) * BLOCK_M + tl.arange(0, BLOCK_M)
         present = position < tl.load(boundary + 1)
         if HAS_ORDER:
@@ -139,11 +166,24 @@ def attend(
         if COMPENSATE:
             ids += count
             first_mean = kv_group * (num_k_blocks - 2)
+            own_total, own_largest = total, largest
+            skipped = tl.load(skipped_counts + slot)
+            own_biases = biases + first_mean
+            if FIRST_ORDER:
+                # Context and null blocks come after the clusters and are not compensated.
+                skipped = tl.where(block < num_rows - 2, skipped, 0)
+                own_cluster = group * (num_rows - 2) + tl.minimum(block, num_rows - 3)
+                own_biases = biases + own_cluster * (num_k_blocks - 2)
             acc, total, largest = _attend_to_means(
                 acc, total, largest, queries, k_means + first_mean * BLOCK_D, v_means + first_mean * BLOCK_DV,
-                log_sizes + first_mean, ids, tl.load(skipped_counts + slot), to_log2,
-                BLOCK_D, BLOCK_DV, MEANS_N,
+                own_biases, ids, skipped, to_log2, BLOCK_D, BLOCK_DV, MEANS_N,
             )  # fmt: skip
+            if FIRST_ORDER:
+                share = total - own_total * tl.exp2(own_largest - largest)
+                acc += _first_order(
+                    head, row, present, q_n, share, skipped, shifts + own_cluster * BLOCK_DV,
+                    slopes + kv_group * BLOCK_D * BLOCK_DV, WIDTH, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
         # A row without any key has total 0: its out is 0 and its lse -inf. NaN stays NaN.
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         head = out + head_base(group, num_q_heads, out_b, out_h)

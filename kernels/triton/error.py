@@ -1,9 +1,11 @@
-"""The error of compensating a cluster, streamed over its keys: never [query clusters, tokens] in memory.
+"""The error of compensating a cluster and its exact mass, streamed over its keys: never [query clusters, tokens] in
+memory.
 
 e_ij = |sum over keys t of cluster j of (exp(s q_i.k_t) - exp(s q_i.k_j)) (v_t - o_i)|^2, o_i being the output of q_i if
 every cluster is compensated. With d_t = s q_i.(k_t - k_j) the weights are exp(s q_i.k_j) (exp(d_t) - 1), and the
 sum is that of weight times v_t - v_j, plus the weights' sum times v_j - o_i: two matrix products of small numbers,
-as in attention, with a running maximum of the exponents.
+as in attention, with a running maximum of the exponents. The weights' sum also gives the mass: that of exp(d_t) is
+theirs and n_j more.
 """
 
 from __future__ import annotations
@@ -16,30 +18,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.triton.launch import device_of, of_groups, padded, require_head_dim, row_strides, rows_dense
+from svg2_compile.kernels.triton.launch import (
+    chunks,
+    device_of,
+    of_groups,
+    padded,
+    require_head_dim,
+    row_strides,
+    rows_dense,
+)
 from svg2_compile.kernels.triton.primitives import LN_2, LOG2_E, head_base, kv_group_of, load_rows
 
-__all__ = ["ErrorInputs", "error_inputs", "log_errors"]
+__all__ = ["ErrorInputs", "block_estimates", "error_inputs", "log_errors"]
 
 
-def _launch_config(block_d: int, precision: str) -> dict[str, int]:
+def _launch_config(block_d: int, precision: str, mass: bool) -> dict[str, int]:
     """Tile and warps for rows ``block_d`` wide: results and what loads ahead stay in registers and in 99 KiB of shared
-    memory. Without tensor cores ("ieee") the products need most registers."""
+    memory. Without tensor cores ("ieee") the products need most registers, and masses some more."""
     if precision == "ieee":
-        rows = 32 if block_d <= 128 else 16
+        rows = 32 if block_d <= (64 if mass else 128) else 16
         return {"BLOCK_Q": rows, "BLOCK_K": rows, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_Q": 64 if block_d <= 128 else 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
 
-@triton.jit(do_not_specialize=["first_group", "num_q_clusters", "num_k_clusters"])
+@triton.jit(do_not_specialize=["first_group", "num_q_clusters", "num_k_clusters", "num_logits", "num_masses"])
 def _log_errors(
-    key, value, offsets, q_centroids, v_centroids, outputs, logits, log_error,
-    scale_log2, first_group, num_q_heads, num_kv_heads, num_q_clusters, num_k_clusters,
+    key, value, offsets, q_centroids, v_centroids, outputs, logits, log_error, log_mass,
+    scale_log2, first_group, num_q_heads, num_kv_heads, num_q_clusters, num_k_clusters, num_logits, num_masses,
     k_b, k_h, k_n, v_b, v_h, v_n,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """ln e_ij of a tile of query clusters and one key cluster; -inf for an empty one."""
+    """ln e_ij of a tile of query clusters and one key cluster, and with MASS ln m_ij; -inf for an empty one.
+
+    With MASS there is one program more: of the context block, relative to the logit of its first key, without error.
+    """
     cluster, tile = tl.program_id(0), tl.program_id(1)
     group = tl.program_id(2) + first_group
     kv_group = kv_group_of(group, num_q_heads, num_kv_heads).to(tl.int64)
@@ -48,10 +61,11 @@ def _log_errors(
     centroids = q_centroids + group.to(tl.int64) * num_q_clusters * WIDTH
     query = load_rows(centroids, row, is_row, WIDTH, WIDTH, BLOCK_D)
     line = tl.program_id(2).to(tl.int64) * num_q_clusters + row
-    mean_logit = tl.load(logits + line * num_k_clusters + cluster, mask=is_row, other=0.0) * scale_log2
+    mean_logit = tl.load(logits + line * num_logits + cluster, mask=is_row, other=0.0) * scale_log2
     column = tl.arange(0, BLOCK_DV)
+    is_cluster = cluster < num_k_clusters
     place = (kv_group * num_k_clusters + cluster) * VALUE_WIDTH + column
-    mean = tl.load(v_centroids + place, mask=column < VALUE_WIDTH, other=0.0)
+    mean = tl.load(v_centroids + place, mask=(column < VALUE_WIDTH) & is_cluster, other=0.0)
 
     boundary = offsets + kv_group * (num_k_clusters + 3) + cluster
     begin, end = tl.load(boundary), tl.load(boundary + 1)
@@ -78,7 +92,13 @@ def _log_errors(
                        row, is_row, VALUE_WIDTH, VALUE_WIDTH, BLOCK_DV)  # fmt: skip
     error += weight_sum[:, None] * (mean[None, :] - output)
     total = tl.log(tl.sum(error * error, 1)) + 2.0 * LN_2 * (largest + mean_logit)
-    tl.store(log_error + line * num_k_clusters + cluster, total, mask=is_row)
+    # An empty block's centroid may be anything.
+    total = tl.where(end > begin, total, float("-inf"))
+    tl.store(log_error + line * num_k_clusters + cluster, total, mask=is_row & is_cluster)
+    if MASS:
+        mass = weight_sum + (end - begin).to(tl.float32) * tl.exp2(-largest)
+        total = tl.where(end > begin, tl.log(mass) + LN_2 * (largest + mean_logit), float("-inf"))
+        tl.store(log_mass + line * num_masses + cluster, total, mask=is_row)
 
 
 class ErrorInputs(NamedTuple):
@@ -100,29 +120,70 @@ def error_inputs(key: Tensor, value: Tensor, k_offsets: Tensor, v_centroids: Ten
     return ErrorInputs(rows_dense(key), rows_dense(value), k_offsets.contiguous(), k_sizes, v_centroids.contiguous())
 
 
-def log_errors(inputs: ErrorInputs, q_centroids: Tensor, logits: Tensor, scale: float, groups: slice) -> Tensor:
+def log_errors(
+    inputs: ErrorInputs,
+    q_centroids: Tensor,
+    logits: Tensor,
+    scale: float,
+    groups: slice,
+    log_mass: Tensor | None = None,
+) -> Tensor:
     """ln e_ij float32 [groups, Cq, Ck] for some (batch, query head) groups; logits float32 [groups, Cq, Ck] are
-    q_i.k_j, not scaled."""
+    q_i.k_j, not scaled. With log_mass float32 [groups, Cq, Ck + 2] the masses are written there, but for the null
+    block's; then logits have one column more, of the context's first key."""
     _, kv_heads, _, width = inputs.key.shape
     q_heads, num_q_clusters = q_centroids.shape[1:3]
     num_k_clusters, value_width = inputs.v_centroids.shape[2:]
-    log_error = torch.empty_like(logits)
+    log_error = logits.new_empty(*logits.shape[:2], num_k_clusters)
     # bfloat16 and float16 keys are exact in TF32; query centroids and weights are rounded, to 2^-11.
     precision = "tf32" if inputs.key.dtype != torch.float32 and torch.version.hip is None else "ieee"
     block_d, block_dv = padded(width), padded(value_width)
-    config = _launch_config(max(block_d, block_dv), precision)
-    grid = (num_k_clusters, triton.cdiv(num_q_clusters, config["BLOCK_Q"]), groups.stop - groups.start)
-    outputs = _compensated_outputs(inputs, logits, scale, groups, q_heads // kv_heads)
+    config = _launch_config(max(block_d, block_dv), precision, log_mass is not None)
+    grid = (logits.shape[2], triton.cdiv(num_q_clusters, config["BLOCK_Q"]), groups.stop - groups.start)
+    outputs = _compensated_outputs(inputs, logits.narrow(2, 0, num_k_clusters), scale, groups, q_heads // kv_heads)
     with device_of(logits):
         _log_errors[grid](
             *(inputs.key, inputs.value, inputs.k_offsets, q_centroids.contiguous(), inputs.v_centroids),
-            *(outputs, logits, log_error, scale * LOG2_E.value, groups.start),
-            *(q_heads, kv_heads, num_q_clusters, num_k_clusters),
+            *(outputs, logits, log_error, log_error if log_mass is None else log_mass, scale * LOG2_E.value),
+            *(groups.start, q_heads, kv_heads, num_q_clusters, num_k_clusters, logits.shape[2], num_k_clusters + 2),
             *(*row_strides(inputs.key), *row_strides(inputs.value)),
             **{"WIDTH": width, "BLOCK_D": block_d, "VALUE_WIDTH": value_width, "BLOCK_DV": block_dv},
-            **{"PRECISION": precision, **config},
+            **{"PRECISION": precision, "MASS": log_mass is not None, **config},
         )
     return log_error
+
+
+def block_estimates(
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Exact masses and errors of compensation; see ``ops.block_estimates``. A mass is as exact as products of 16-bit
+    keys with query centroids rounded to 2^-11."""
+    batch, q_heads, num_q_clusters, _ = q_centroids.shape
+    num_k_clusters = k_centroids.shape[2]
+    log_mass = q_centroids.new_full((batch, q_heads, num_q_clusters, num_k_clusters + 2), float("-inf"))
+    if log_mass.numel() == 0 or key.shape[2] == 0:
+        return log_mass, log_mass.narrow(3, 0, num_k_clusters).clone()
+    inputs = error_inputs(key, value, k_offsets, v_centroids)
+    # What the logits of a block are taken relative to: its centroid, and the context's first key.
+    begin = k_offsets.narrow(2, num_k_clusters, 1).clamp(max=key.shape[2] - 1).to(torch.int64)
+    first = key.gather(2, begin.unsqueeze(-1).expand(-1, -1, -1, key.shape[3])).to(torch.float32)
+    references = torch.cat((k_centroids, first), dim=2)
+    sharing = q_heads // key.shape[1]
+    log_error = []
+    for groups in chunks(batch * q_heads, 5 * 4 * num_q_clusters * num_k_clusters):
+        queries, keys = of_groups(q_centroids, groups), of_groups(references, groups, sharing)
+        logits = torch.matmul(queries, keys.transpose(-1, -2))
+        of_chunk = (0, groups.start, groups.stop - groups.start)
+        masses = log_mass.flatten(0, 1).narrow(*of_chunk)
+        errors = log_errors(inputs, q_centroids, logits, scale, groups, masses)
+        log_error.append(errors)
+    return log_mass, torch.cat(log_error).view(batch, q_heads, num_q_clusters, num_k_clusters)
 
 
 def _compensated_outputs(inputs: ErrorInputs, logits: Tensor, scale: float, groups: slice, sharing: int) -> Tensor:

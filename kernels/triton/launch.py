@@ -14,6 +14,7 @@ from torch import Tensor
 from svg2_compile.kernels.dispatch import IMPLEMENTATIONS
 
 __all__ = [
+    "chunks",
     "device_of",
     "num_processors",
     "of_groups",
@@ -23,6 +24,8 @@ __all__ = [
     "row_strides",
     "rows_dense",
 ]
+
+SCORE_BYTES = 128 << 20  # of [query clusters, key clusters] matrices at a time
 
 # Processors of the imagined device while launches are only noted (rehearsal.py).
 _imagined_processors: ContextVar[int | None] = ContextVar("svg2_imagined_processors", default=None)
@@ -88,3 +91,9 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return _num_processors(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def chunks(num_groups: int, bytes_per_group: int) -> list[slice]:
+    """Groups a few at a time, so that their matrices stay within SCORE_BYTES."""
+    step = max(1, SCORE_BYTES // max(bytes_per_group, 1))
+    return [slice(first, min(first + step, num_groups)) for first in range(0, num_groups, step)]

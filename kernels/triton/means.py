@@ -10,7 +10,7 @@ from torch import Tensor
 from svg2_compile.kernels.triton.launch import device_of, padded, row_strides, rows_dense
 from svg2_compile.kernels.triton.primitives import head_base, load_rows
 
-__all__ = ["ROWS_PER_STEP", "cluster_means", "sum_segment"]
+__all__ = ["ROWS_PER_STEP", "cluster_means", "cluster_variances", "sum_segment"]
 
 ROWS_PER_STEP = 32
 
@@ -65,3 +65,43 @@ def cluster_means(x: Tensor, offsets: Tensor) -> Tensor:
             **{"ROWS": ROWS_PER_STEP, "WIDTH": width, "BLOCK_D": padded(width), "num_warps": 4},
         )
     return means
+
+
+@triton.jit(do_not_specialize=["num_clusters", "num_tokens"])
+def _cluster_variances(
+    x, order, offsets, centroids, variances, num_heads, num_clusters, num_tokens, x_b, x_h, x_n,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """variances [groups, C, WIDTH] of the rows that the order puts between two offsets; zero where there are none."""
+    cluster, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    boundary = offsets + group * (num_clusters + 3) + cluster
+    begin, end = tl.load(boundary), tl.load(boundary + 1)
+    x += head_base(group, num_heads, x_b, x_h)
+    column = tl.arange(0, BLOCK_D)
+    place = (group * num_clusters + cluster) * WIDTH + column
+    mean = tl.load(centroids + place, mask=column < WIDTH, other=0.0)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        present = row < end
+        token = tl.load(order + group * num_tokens + row, mask=present, other=0)
+        away = load_rows(x, token, present, x_n, WIDTH, BLOCK_D).to(tl.float32) - mean[None, :]
+        total += tl.where(present[:, None], away * away, 0.0)
+    variance = tl.sum(total, 0) / tl.maximum(end - begin, 1).to(tl.float32)
+    tl.store(variances + place, variance, mask=column < WIDTH)
+
+
+def cluster_variances(x: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor) -> Tensor:
+    """Mean square of the members' distance to their centroid, per dimension; see ``ops.cluster_variances``."""
+    batch, heads, num_tokens, width = x.shape
+    variances = torch.empty_like(centroids, memory_format=torch.contiguous_format)
+    if variances.numel() == 0 or num_tokens == 0:
+        return variances.zero_()
+    x = rows_dense(x)
+    with device_of(x):
+        _cluster_variances[centroids.shape[2], batch * heads](
+            *(x, order.contiguous(), offsets.contiguous(), centroids.contiguous(), variances),
+            *(heads, centroids.shape[2], num_tokens, *row_strides(x)),
+            **{"ROWS": ROWS_PER_STEP, "WIDTH": width, "BLOCK_D": padded(width), "num_warps": 4},
+        )
+    return variances

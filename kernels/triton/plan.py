@@ -7,7 +7,8 @@ places in one endless line, and the line is cut into **passes** of the pool's ca
 begin in its stretch (``write_lists``) and attends to them. There are as many passes as the worst case needs; at the
 usual density most of them find no row and end at once. Nothing is read back to the host.
 
-Rows are taken from a head's last block to its first, so that the context rows, whose lists are longest, come first.
+Rows of a head are taken longest first: with one budget for all heads some have several times as many keys as others,
+and what is drawn last should be short.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ class Blocks(NamedTuple):
 class AttentionPlan(NamedTuple):
     """Device tensors of one chunk of groups; S = groups * Rq slots, one per row, in working order.
 
+    rows int32 [S]: the row, of its group, that a slot is about.
     shift int32 [S, Rk]: added to a key's position it gives the key's place in the row's list; or SKIPPED or NOTHING.
     key_counts, skipped_counts int32 [S]: lengths of the two lists. places int64 [S + 1]: where a row's lists begin.
     tile_starts int32 [S + 1]: query tiles before this row's. tile_slots int32: the slot of every tile. pass_slots int64
     [passes + 1]: the first slot of every pass.
     """
 
+    rows: Tensor
     shift: Tensor
     key_counts: Tensor
     skipped_counts: Tensor
@@ -68,13 +71,16 @@ class AttentionPlan(NamedTuple):
 
 @triton.jit(do_not_specialize=["first_group", "num_rows", "num_blocks"])
 def _measure_rows(
-    block_map, q_offsets, k_offsets, shift, key_counts, skipped_counts, reserved, tiles,
+    block_map, q_offsets, k_offsets, rows, shift, key_counts, skipped_counts, reserved, tiles,
     first_group, num_q_heads, num_kv_heads, num_rows, num_blocks,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, COMPENSATE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Lengths of one row's lists and where each of its key blocks goes in them; only key_counts unless PLAN."""
-    row = num_rows - 1 - tl.program_id(0)
+    """Lengths of one row's lists and where each of its key blocks goes in them. Unless PLAN only key_counts, of the
+    rows in their own order."""
     slot = tl.program_id(1).to(tl.int64) * num_rows + tl.program_id(0)
+    row = tl.program_id(0)
+    if PLAN:
+        row = tl.load(rows + slot)
     group = tl.program_id(1).to(tl.int64) + first_group
     kv_group = kv_group_of(group, num_q_heads, num_kv_heads)
     k_offsets += kv_group * (num_blocks + 1)
@@ -176,12 +182,11 @@ def _measure(
     )
 
 
-def row_key_counts(blocks: Blocks) -> Tensor:
-    """Keys that every query block attends to: int32 [B, Hq, Rq], the last block first."""
-    batch, q_heads, num_rows, _ = blocks.block_map.shape
-    counts = blocks.q_offsets.new_empty(batch, q_heads, num_rows)
+def row_key_counts(blocks: Blocks, groups: slice) -> Tensor:
+    """Keys that every query block of some groups attends to: int32 [groups, Rq]."""
+    counts = blocks.q_offsets.new_empty(groups.stop - groups.start, blocks.block_map.shape[2])
     unused = (blocks.q_offsets,)
-    _measure(blocks, slice(0, batch * q_heads), (*unused, counts, *unused * 3), 16, False, plan=False)
+    _measure(blocks, groups, (*unused * 2, counts, *unused * 3), 16, False, plan=False)
     return counts
 
 
@@ -206,7 +211,9 @@ def plan_rows(
     new = blocks.q_offsets.new_empty
     shift, key_counts, skipped_counts, tiles = new(slots, num_k_blocks), new(slots), new(slots), new(slots)
     reserved = new(slots, dtype=torch.int64)
-    _measure(blocks, groups, (shift, key_counts, skipped_counts, reserved, tiles), block_m, compensate, plan=True)
+    rows = row_key_counts(blocks, groups).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    outputs = (rows, shift, key_counts, skipped_counts, reserved, tiles)
+    _measure(blocks, groups, outputs, block_m, compensate, plan=True)
     places = torch.nn.functional.pad(reserved.cumsum(0), (1, 0))
     tile_starts = torch.nn.functional.pad(tiles.cumsum(0, dtype=torch.int32), (1, 0))
     tile_slots = new(num_groups * (num_rows + num_queries // block_m))
@@ -215,7 +222,7 @@ def plan_rows(
     pass_slots = torch.searchsorted(places.narrow(0, 0, slots), boundaries)
     # The last pass takes all that is left, rows without keys at the very end as well.
     pass_slots = torch.nn.functional.pad(pass_slots, (0, 1), value=slots)
-    return AttentionPlan(shift, key_counts, skipped_counts, places, tile_starts, tile_slots, pass_slots)
+    return AttentionPlan(rows, shift, key_counts, skipped_counts, places, tile_starts, tile_slots, pass_slots)
 
 
 def write_lists(

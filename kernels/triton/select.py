@@ -15,12 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.triton.error import ErrorInputs, error_inputs, log_errors
-from svg2_compile.kernels.triton.launch import device_of, of_groups
+from svg2_compile.kernels.triton.launch import chunks, device_of, of_groups
 from svg2_compile.kernels.triton.primitives import keep_until, kv_group_of, sortable
 
 __all__ = ["select_blocks", "select_blocks_by_error"]
-
-SCORE_BYTES = 128 << 20  # of [query clusters, key clusters] matrices at a time
 
 
 @triton.jit
@@ -89,12 +87,6 @@ def _select_rows(
     tl.store(block_map + line_out + column, keep.to(tl.int8), mask=column < width)
 
 
-def _chunks(num_groups: int, bytes_per_group: int) -> list[slice]:
-    """Groups a few at a time, so that their matrices stay within SCORE_BYTES."""
-    step = max(1, SCORE_BYTES // max(bytes_per_group, 1))
-    return [slice(first, min(first + step, num_groups)) for first in range(0, num_groups, step)]
-
-
 def _logits(q_centroids: Tensor, k_centroids: Tensor, groups: slice) -> Tensor:
     """q_i.k_j of some (batch, query head) groups: float32 [groups, Cq, Ck]."""
     sharing = q_centroids.shape[1] // k_centroids.shape[1]
@@ -127,7 +119,7 @@ def _select(
     k_sizes = k_sizes.contiguous()
     with device_of(q_centroids):
         matrices = 1 if inputs is None else 5  # logits, errors, and what a softmax needs
-        for groups in _chunks(num_groups, matrices * 4 * num_q_clusters * num_k_clusters):
+        for groups in chunks(num_groups, matrices * 4 * num_q_clusters * num_k_clusters):
             logits = q_centroids if everything else _logits(q_centroids, k_centroids, groups)
             error = logits
             if inputs is not None and not everything:

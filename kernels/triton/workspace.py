@@ -45,9 +45,9 @@ def plan_workspace(
     Raises ValueError where not even one group fits, with the number of MiB that would.
     """
     longest_row = num_keys + (num_k_blocks if compensate else 0)
-    # Per row: shifts; lengths of two lists, reserved length, place, tiles and their start, some of them twice for a
-    # moment.
-    group_bytes = num_q_blocks * (4 * num_k_blocks + 64) + 4 * (num_queries // block_m + num_q_blocks)
+    # Per row: shifts; its place in working order, lengths of two lists, reserved length, place, tiles and their start,
+    # some of them twice for a moment.
+    group_bytes = num_q_blocks * (4 * num_k_blocks + 96) + 4 * (num_queries // block_m + num_q_blocks)
     fixed_bytes = 4 * num_kv_groups * num_keys + mean_bytes
     least_pool = 2 * longest_row + LOOK_AHEAD
     least_bytes = fixed_bytes + group_bytes + BYTES_PER_ID * least_pool

@@ -24,7 +24,8 @@ class AttentionInputs:
 
     query [N, D] and key [N, D] are in token order. q_order, k_order [N]: the token at every permuted position.
     q_offsets, k_offsets [blocks + 1]: where each block of the permuted order begins. block_map: bool [q blocks,
-    k blocks]. k_centroids [clusters, D] float32 where clusters that were not selected are compensated for.
+    k blocks]. k_centroids [clusters, D] float32 where clusters that were not selected are compensated for; to first
+    order with log_mass [q clusters, k blocks] and q_centroids [q clusters, D], float32.
     """
 
     query: Tensor
@@ -36,6 +37,17 @@ class AttentionInputs:
     block_map: Tensor
     scale: float
     k_centroids: Tensor | None = None
+    log_mass: Tensor | None = None
+    q_centroids: Tensor | None = None
+
+    def token_biases(self) -> Tensor | None:
+        """What the score of a skipped cluster's token is more than that of its centroid: [q blocks, k blocks], where
+        compensation is of first order. Tokens share the exact mass of their cluster equally."""
+        if self.log_mass is None or self.q_centroids is None or self.k_centroids is None:
+            return None
+        scores = self.scale * (self.q_centroids @ self.k_centroids.float().T)
+        clusters = self.log_mass[:, : scores.shape[1]] - scores - self.k_offsets.diff()[: scores.shape[1]].log()
+        return torch.nn.functional.pad(clusters, (0, 2, 0, 2))
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ def attention_maps(inputs: AttentionInputs, max_side: int = MAX_SIDE) -> Attenti
     masked = k_block == inputs.block_map.shape[1] - 1  # the null block
     key = inputs.key.float()
     centroid_of_key = None if inputs.k_centroids is None else _spread(inputs.k_centroids.float(), k_block)
+    biases = inputs.token_biases()
     selected_pairs = mass = 0.0
     rows_at_once = max(1, CHUNK_ELEMENTS // num_tokens)
     for rows in tokens.split(rows_at_once):
@@ -123,7 +136,10 @@ def attention_maps(inputs: AttentionInputs, max_side: int = MAX_SIDE) -> Attenti
         permuted.add(weights, q_rank[rows], k_rank)
         mass += float((weights * selected).sum())
         selected_pairs += float(selected.sum())
-        rest = -torch.inf if centroid_of_key is None else (query @ centroid_of_key.T).masked_fill(masked, -torch.inf)
+        rest = torch.full_like(scores, -torch.inf) if centroid_of_key is None else query @ centroid_of_key.T
+        if biases is not None:
+            rest = rest + biases[q_block[rows]][:, k_block]
+        rest = rest.masked_fill(masked, -torch.inf)
         sparse = torch.where(selected, scores, rest).softmax(-1).nan_to_num(0)
         recovered.add(sparse, rows, tokens)
     return AttentionMaps(

@@ -24,7 +24,7 @@ from svg2_compile.runtime.session import Session, plan_now
 
 __all__ = ["Captured", "MapRequest", "captured_attention"]
 
-_ATTENTION = torch.ops.svg2.block_sparse_attention.default
+_ATTENTIONS = (torch.ops.svg2.block_sparse_attention.default, torch.ops.svg2.first_order_attention.default)
 _PERMUTE = torch.ops.svg2.permute_tokens.default
 assert ops  # the import registers the operators
 
@@ -127,7 +127,7 @@ class _Watcher(fx.Interpreter):
         self._orders: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is _ATTENTION:
+        if n.target in _ATTENTIONS:
             if self._left == 0:
                 raise Captured(self._inputs(n))
             self._left -= 1
@@ -139,8 +139,8 @@ class _Watcher(fx.Interpreter):
 
     def _inputs(self, node: fx.Node) -> AttentionInputs:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        given = _bound(_ATTENTION, args, kwargs)
-        nodes = _bound(_ATTENTION, node.args, node.kwargs)
+        given = _bound(node.target, args, kwargs)
+        nodes = _bound(node.target, node.args, node.kwargs)
         head = self._head
         kv_head = head * given["key"].shape[1] // given["query"].shape[1]
         query, q_order = self._in_token_order(given, nodes, "query", "q_order", head)
@@ -153,6 +153,8 @@ class _Watcher(fx.Interpreter):
             block_map=given["block_map"][0, head].clone(),
             scale=float(given["scale"]),
             k_centroids=None if centroids is None else centroids[0, kv_head].clone(),
+            log_mass=given["log_mass"][0, head].clone() if "log_mass" in given else None,
+            q_centroids=given["q_centroids"][0, head].clone() if "q_centroids" in given else None,
         )
 
     def _in_token_order(

@@ -53,8 +53,10 @@ def _workspace_mb(site: Site, config: Svg2Config) -> float | None:
     known: dict[str, Any] = {name: size for name, size in sizes.items() if isinstance(size, int)}
     if len(known) < len(sizes):
         return None
-    compensate = config.compensation == "centroid"
+    compensate = config.compensation != "none"
     mean_bytes = 4 * known["num_kv_groups"] * known["num_k_blocks"] * site.head_dim if compensate else 0
+    if config.compensation == "first_order":  # a bias for every pair of clusters
+        mean_bytes += 4 * known["num_groups"] * known["num_q_blocks"] * known["num_k_blocks"]
     limit_bytes = config.workspace_mb << 20
     limits: dict[str, Any] = {"compensate": compensate, "mean_bytes": mean_bytes, "limit_bytes": limit_bytes}
     try:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["ConfigError", "Svg2Config", "package_version"]
 
 DEFAULT_TOP_P = 0.9
-DEFAULT_DENSITY = 0.25
 DEFAULT_DENSE_STEPS = 0.2
+DEFAULT_DENSITY = {"centroid": 0.25, "first_order": 0.10}
+"""By compensation; without it a mass decides, as published."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class Svg2Config:
     """The settings of one compiled model. Frozen and hashable; equal settings are equal values.
 
     Defaults are those of the SVG2 scripts where these are published (Sparse VideoGen2, arXiv 2505.18875), except
-    compensation, routing, density, the cluster counts and k-means iterations, which follow measurements
+    compensation, routing, budget, density, the cluster counts and k-means iterations, which follow measurements
     (docs/quality.md).
 
     Attributes:
         preset: the preset these settings started from ("name:variant"); only :meth:`from_options` applies one.
         top_p: softmax mass, estimated on centroids, that the selected key clusters of a query cluster reach. [0, 1];
             None is 0.9, where top_p decides.
-        density: fixed budget instead of top_p: the fraction of keys that each query cluster attends to. (0, 1], or None
-            for top_p. "auto" is 0.25 with compensation, unless top_p is given, and None without.
+        density: fixed budget instead of top_p: the fraction of (query, key) pairs that is computed exactly, of every
+            query cluster or of all heads together (see budget). (0, 1], or None for top_p. "auto" is 0.10 with
+            compensation="first_order" and 0.25 with "centroid", unless top_p is given, and None without compensation.
         min_k_ratio: fraction of the key clusters that is selected at the least. [0, 1].
         num_q_clusters, num_k_clusters: clusters per head; None derives them from the number of video tokens.
         init_iters: k-means iterations where an attention has no centroids yet (once per video, guidance branch and
@@ -52,10 +54,14 @@ class Svg2Config:
         dense_layers: layers at the start of the model that stay dense: a count (int), or a fraction (float in [0, 1)).
         min_tokens: the shortest attention that becomes sparse: a number of video tokens, or "auto" for the cost
             model's crossover on the device.
-        compensation: "none", or "centroid": key clusters that were not selected take part through their centroid
-            (SVG-EAR, arXiv 2603.08982).
+        compensation: "none"; "centroid": key clusters that were not selected take part through their centroid
+            (SVG-EAR, arXiv 2603.08982); "first_order": they do so with their exact mass and mean value at the centroid
+            of the query's cluster, and with the slope of both next to it (docs/quality.md).
         routing: "score" selects by softmax mass; "error" by the error that compensation would make (SVG-EAR); it needs
-            compensation="centroid". "auto" is "error" with compensation and "score" without.
+            compensation. "auto" is "error" with compensation and "score" without.
+        budget: who has the density: "row", every query cluster of every head alike; or "layer", all heads of an
+            attention together, which spends it where compensation would err most and needs routing="error". "auto" is
+            "layer" with compensation="first_order" and a density, "row" otherwise.
         inner_backend: the torch.compile backend that compiles the graphs. "inductor" is replaced, with a warning,
             on machines where it cannot work.
         inductor_mode: mode for Inductor ("max-autotune" ...), None for its default.
@@ -80,8 +86,9 @@ class Svg2Config:
     dense_timesteps: float | None = None
     dense_layers: int | float = 0.03
     min_tokens: int | str = "auto"
-    compensation: str = "centroid"
+    compensation: str = "first_order"
     routing: str = "auto"
+    budget: str = "auto"
     inner_backend: str = "inductor"
     inductor_mode: str | None = None
     strict: bool = False
@@ -99,16 +106,33 @@ class Svg2Config:
         if self.dense_steps == "auto":
             object.__setattr__(self, "dense_steps", DEFAULT_DENSE_STEPS if self.dense_timesteps is None else 0)
         if self.routing == "auto":
-            object.__setattr__(self, "routing", "error" if self.compensation == "centroid" else "score")
-        if self.routing == "error" and self.compensation != "centroid":
+            object.__setattr__(self, "routing", "score" if self.compensation == "none" else "error")
+        if self.routing == "error" and self.compensation == "none":
             raise ConfigError(
-                f"routing='error' minimises the error of compensation, but compensation={self.compensation!r}. "
-                "Valid: compensation='centroid' with it, or routing='score'."
+                "routing='error' minimises the error of compensation, but compensation='none'. "
+                "Valid: compensation='centroid' or 'first_order' with it, or routing='score'."
             )
+        if self.budget == "auto":
+            pooled = self.compensation == "first_order" and self.routing == "error" and self.selection()[1] is not None
+            object.__setattr__(self, "budget", "layer" if pooled else "row")
+        if self.budget == "layer":
+            self._check_layer_budget()
         if self.inner_backend == "svg2":
             raise ConfigError("inner_backend='svg2' is not valid: it names this compiler itself. Valid: 'inductor' ...")
         if self.inductor_mode is not None:
             self._check_inductor_mode(self.inductor_mode)
+
+    def _check_layer_budget(self) -> None:
+        if self.routing != "error":
+            raise ConfigError(
+                "budget='layer' spends pairs where compensation errs most, but routing='score'. "
+                "Valid: routing='error' with it, which needs compensation, or budget='row'."
+            )
+        if self.selection()[1] is None:
+            raise ConfigError(
+                "budget='layer' divides a density among the heads of a layer, but top_p decides how much is selected. "
+                "Valid: a density with it, or budget='row'."
+            )
 
     def _check_inductor_mode(self, mode: str) -> None:
         # Imported here: reading a configuration must not cost the import of Inductor.
@@ -154,6 +178,9 @@ class Svg2Config:
             values.setdefault("routing", "auto")  # the old routing belongs to the old compensation
         if "dense_timesteps" in values:
             values.setdefault("dense_steps", "auto")
+        mass_decides = "top_p" in values or ("density" in values and values["density"] in (None, "none"))
+        if mass_decides or {"compensation", "routing"} & values.keys():
+            values.setdefault("budget", "auto")
         return dataclasses.replace(self, **values)
 
     def site_policy(self) -> SitePolicy:
@@ -172,7 +199,7 @@ class Svg2Config:
         """top_p and density as they take effect; a density of None leaves the decision to top_p."""
         density = self.density
         if isinstance(density, str):  # "auto"
-            density = DEFAULT_DENSITY if self.top_p is None and self.compensation == "centroid" else None
+            density = DEFAULT_DENSITY.get(self.compensation) if self.top_p is None else None
         return DEFAULT_TOP_P if self.top_p is None else self.top_p, density
 
     def _only(self, policy: type) -> dict[str, Any]:

@@ -19,7 +19,7 @@ else:
 
 __all__ = ["DEFAULT_VARIANT", "VARIANTS", "AttentionShape", "Preset", "load_preset", "load_presets"]
 
-VARIANTS = ("quality", "balanced", "turbo")
+VARIANTS = ("quality", "balanced", "turbo", "first_order")
 DEFAULT_VARIANT = "balanced"
 STATUSES = ("published", "untested")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -126,3 +128,29 @@ def test_the_picture_is_written(comparison, tmp_path):
     path = comparison.write_maps(tmp_path / "maps.png")
     with Image.open(path) as picture:
         assert picture.format == "PNG" and picture.width > 2.5 * picture.height
+
+
+def test_to_first_order_a_query_at_its_centroid_gives_every_cluster_its_exact_weight():
+    inputs, value, _ = made(compensation=True)
+    rows = inputs.q_order[: int(inputs.q_offsets[-3])].long()
+    query = inputs.query.clone()
+    q_centroids = torch.zeros(Q_CLUSTERS, HEAD_DIM)
+    for own, members in enumerate(rows.split(inputs.q_offsets.diff()[:Q_CLUSTERS].tolist())):
+        q_centroids[own] = query[members].mean(dim=0)
+        query[members] = q_centroids[own]
+    key, value = inputs.key[inputs.k_order.long()], value[inputs.k_order.long()]
+    k_offsets = inputs.k_offsets[None, None]
+    v_centroids = ops.cluster_means(value[None, None], k_offsets)
+    means = (q_centroids[None, None], inputs.k_centroids[None, None], v_centroids)
+    log_mass, _ = ops.block_estimates(key[None, None], value[None, None], k_offsets, *means, inputs.scale)
+    moved = replace(inputs, query=query, log_mass=log_mass[0, 0], q_centroids=q_centroids)
+    maps = attention_maps(moved)
+    assert not torch.allclose(maps.recovered[rows], maps.original[rows], atol=1e-3)
+    columns = torch.repeat_interleave(torch.arange(K_CLUSTERS + 2), inputs.k_offsets.diff())
+    by_block = [
+        torch.zeros(NUM_TOKENS, K_CLUSTERS + 2).index_add_(1, columns, weights[:, inputs.k_order.long()])
+        for weights in (maps.recovered, maps.original)
+    ]
+    torch.testing.assert_close(by_block[0][rows], by_block[1][rows], rtol=1e-4, atol=1e-4)
+    plain = attention_maps(replace(moved, log_mass=None)).recovered
+    assert not torch.allclose(plain[rows], maps.recovered[rows], atol=1e-3)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.reference import implementation as reference
-from svg2_compile.kernels.reference.select import _log_errors as exact_log_errors
-from svg2_compile.kernels.triton import implementation, select
+from svg2_compile.kernels.reference.select import log_errors as exact_log_errors
+from svg2_compile.kernels.triton import implementation, launch
 from svg2_compile.kernels.triton.error import error_inputs, log_errors
 from tests.kernels.helpers import SELECTION_LIMITS, make_problem
 
@@ -63,7 +63,7 @@ def test_no_keys_at_all_and_chunks_of_heads(monkeypatch: pytest.MonkeyPatch) -> 
     k_sizes[1] = 0
     expected = reference_by_mass(q, k, q_sizes, k_sizes, 0.4, 0.8, 0.1)
     assert torch.equal(implementation_by_mass(q, k, q_sizes, k_sizes, 0.4, 0.8, 0.1), expected)
-    monkeypatch.setattr(select, "SCORE_BYTES", 4 * 3 * 21 * 3)  # three heads at a time, of four
+    monkeypatch.setattr(launch, "SCORE_BYTES", 4 * 3 * 21 * 3)  # three heads at a time, of four
     assert torch.equal(implementation_by_mass(q, k, q_sizes, k_sizes, 0.4, 0.8, 0.1), expected)
 
 

@@ -114,6 +114,55 @@ def make_problem(
     return Problem(query, key, value, q_offsets, k_offsets, block_map, scale, k_centroids, v_centroids)
 
 
+@dataclass(frozen=True)
+class FirstOrder:
+    """A problem with what first-order compensation knows of it, all from the oracle in float64, of the map given."""
+
+    problem: Problem
+    q_centroids: Tensor
+    q_variances: Tensor
+    log_mass: Tensor
+    log_error: Tensor
+    residual: Tensor
+    slope: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> FirstOrder:
+        q_centroids = reference.cluster_means(problem.query, problem.q_offsets, compute_dtype=torch.float64)
+        squares = reference.cluster_means(problem.query.double().square(), problem.q_offsets)
+        q_variances = (squares - q_centroids.square()).clamp(min=0)
+        means = (q_centroids, problem.k_centroids, problem.v_centroids)
+        tokens = (problem.key, problem.value, problem.k_offsets)
+        estimates = reference.block_estimates(*tokens, *means, problem.scale, compute_dtype=torch.float64)
+        terms = reference.first_order_terms(
+            *tokens, *means, estimates[0], problem.block_map, problem.scale, compute_dtype=torch.float64
+        )
+        return cls(problem, q_centroids, q_variances, *estimates, *terms)
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_centroids, self.problem.k_centroids, self.problem.v_centroids
+
+    @property
+    def estimate_args(self) -> tuple[Any, ...]:
+        problem = self.problem
+        return problem.key, problem.value, problem.k_offsets, *self.means, problem.scale
+
+    def select_args(self, density: float) -> tuple[Any, ...]:
+        problem, count = self.problem, self.q_centroids.shape[2]
+        q_sizes = problem.q_offsets.diff(dim=-1)[..., :count].contiguous()
+        estimates = (self.log_mass, self.log_error, self.q_variances)
+        return *estimates, problem.k_centroids, q_sizes, problem.k_offsets, problem.scale, torch.tensor(density)
+
+    @property
+    def term_args(self) -> tuple[Any, ...]:
+        return *self.estimate_args[:-1], self.log_mass, self.problem.block_map, self.problem.scale
+
+    @property
+    def attention_args(self) -> tuple[Any, ...]:
+        return *self.problem.args()[:7], *self.means, self.log_mass, self.residual, self.slope
+
+
 def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
     """Arguments for every op, with and without its optional ones."""
     problem = make_problem(batch=2, q_heads=4, kv_heads=2, num_queries=50, num_keys=50)
@@ -126,6 +175,7 @@ def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
     limits = (0.25, 0.9, 0.1)
     means = (q_centroids, problem.k_centroids, problem.v_centroids, q_sizes)
     tokens = (problem.key, problem.value, problem.k_offsets)
+    first_order = FirstOrder.of(problem)
     by_mass = (q_centroids, problem.k_centroids, q_sizes, k_sizes, *limits)
     return {
         "kmeans": [(x, q_centroids, torch.tensor(True), 2), (x.bfloat16(), q_centroids, torch.tensor(False), 1, valid)],
@@ -136,6 +186,14 @@ def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
         "cluster_means": [(x, offsets)],
         "block_sparse_attention": [problem.args(), problem.args(True), (*problem.args(), order, order[:, :2], 64)],
         "select_blocks_by_error": [(*tokens, *means, *limits), (*tokens, *means, *limits, 0.3)],
+        "cluster_variances": [(x, order, offsets, q_centroids), (x.bfloat16(), order, offsets, q_centroids)],
+        "block_estimates": [first_order.estimate_args],
+        "select_blocks_of_layer": [first_order.select_args(0.3), first_order.select_args(1.0)],
+        "first_order_terms": [first_order.term_args],
+        "first_order_attention": [
+            first_order.attention_args,
+            (*first_order.attention_args, order, order[:, :2], 64),
+        ],
         "block_density": [(problem.q_offsets, problem.k_offsets, problem.block_map)],
     }
 
@@ -174,6 +232,7 @@ def attention_pipeline(
     valid: Tensor | None = None,
     compensation: bool = False,
     by_error: bool = False,
+    first_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The rewritten attention from end to end, as a graph has it: output in token order and the block map."""
     num_tokens = query.shape[2]
@@ -181,7 +240,7 @@ def attention_pipeline(
     scale = query.shape[-1] ** -0.5
     unseeded = torch.zeros((), dtype=torch.bool, device=query.device)
 
-    def cluster(x: Tensor, count: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def cluster(x: Tensor, count: int, mask: Tensor | None) -> tuple[Tensor, ...]:
         seeds = torch.zeros(x.shape[0], x.shape[1], count, x.shape[3], device=x.device)
         video_mask = None if mask is None else mask[..., start:stop]
         labels, centroids, sizes = ops.kmeans(x[:, :, start:stop], seeds, unseeded, iters, video_mask)
@@ -193,12 +252,23 @@ def attention_pipeline(
     k, v = ops.permute_tokens(key, k_order), ops.permute_tokens(value, k_order)
     v_centroids = ops.cluster_means(v, k_offsets)
     limits = (scale, top_p, min_k_ratio, density)
+    blocks = (q_offsets, k_offsets)
+    if first_order:
+        q_means = (q_centroids, k_centroids, v_centroids)
+        q_variances = ops.cluster_variances(query, q_order, q_offsets, q_centroids)
+        log_mass, log_error = ops.block_estimates(k, v, k_offsets, *q_means, scale)
+        budget = torch.full((), 1.0 if density is None else density, device=query.device)
+        estimates = (log_mass, log_error, q_variances)
+        block_map = ops.select_blocks_of_layer(*estimates, k_centroids, q_sizes, k_offsets, scale, budget)
+        terms = ops.first_order_terms(k, v, k_offsets, *q_means, log_mass, block_map, scale)
+        tokens = (query, k, v, *blocks, block_map, scale)
+        return ops.first_order_attention(*tokens, *q_means, log_mass, *terms, q_order)[0], block_map
     if by_error:
         block_map = ops.select_blocks_by_error(k, v, k_offsets, q_centroids, k_centroids, v_centroids, q_sizes, *limits)
     else:
         block_map = ops.select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, *limits)
     means = (k_centroids, v_centroids) if compensation else (None, None)
-    out, _ = ops.block_sparse_attention(query, k, v, q_offsets, k_offsets, block_map, scale, *means, q_order)
+    out, _ = ops.block_sparse_attention(query, k, v, *blocks, block_map, scale, *means, q_order)
     return out, block_map
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from tests.kernels.helpers import attention_pipeline, check_identity, masked_den
     masked=st.booleans(),
     compensation=st.booleans(),
     by_error=st.booleans(),
+    first_order=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     implementation=st.sampled_from(["cpu", "reference"]),
 )
@@ -36,6 +39,7 @@ def test_identity_when_every_cluster_is_kept(
     masked: bool,
     compensation: bool,
     by_error: bool,
+    first_order: bool,
     dtype: torch.dtype,
     implementation: str,
 ) -> None:
@@ -55,6 +59,7 @@ def test_identity_when_every_cluster_is_kept(
             video=(before, before + video),
             compensation=compensation,
             by_error=by_error,
+            first_order=first_order,
         )
 
 
@@ -65,7 +70,7 @@ def test_less_density_means_more_error_and_compensation_less() -> None:
     q, k, v = (1.5 * centers[:, :, topic] + torch.randn(1, 2, 400, 16, generator=generator) / 2 for _ in range(3))
     exact = masked_dense(q, k, v, None)
 
-    def error(density: float, compensation: bool, by_error: bool) -> float:
+    def error(density: float, compensation: bool, by_error: bool, first_order: bool = False) -> float:
         out, _ = attention_pipeline(
             q,
             k,
@@ -76,6 +81,7 @@ def test_less_density_means_more_error_and_compensation_less() -> None:
             density=density,
             compensation=compensation,
             by_error=by_error,
+            first_order=first_order,
         )
         return float((out - exact).square().mean())
 
@@ -86,11 +92,14 @@ def test_less_density_means_more_error_and_compensation_less() -> None:
         compensated, routed = error(density, True, False), error(density, True, True)
         assert compensated < error(density, False, False)
         assert routed < compensated
+        assert error(density, True, True, True) < routed
 
 
 def test_nan_in_a_query_or_key_shows_as_in_dense_attention() -> None:
     for broken_query in (True, False):
         q, k, v = (torch.randn(1, 1, 60, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
         (q if broken_query else k)[0, 0, 11, 3] = float("nan")
-        out, _ = attention_pipeline(q, k, v, num_q_clusters=3, num_k_clusters=6, top_p=0.3)
-        assert torch.equal(out.isnan(), masked_dense(q, k, v, None).isnan())
+        options: dict[str, Any] = {"num_q_clusters": 3, "num_k_clusters": 6, "top_p": 0.3, "density": 0.2}
+        for first_order in (False, True):
+            out, _ = attention_pipeline(q, k, v, first_order=first_order, **options)
+            assert torch.equal(out.isnan(), masked_dense(q, k, v, None).isnan())

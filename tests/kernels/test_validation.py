@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels import contracts, ops
+from svg2_compile.kernels import contracts, ops, validation
 from tests.kernels.helpers import make_problem, sample_arguments
 
 ARGUMENTS = sample_arguments()
@@ -144,10 +144,10 @@ def test_tokens_and_order() -> None:
 
 def test_tensors_on_two_devices() -> None:
     with pytest.raises(ValueError, match="all tensors must be on one device; given: x on cpu, order on meta"):
-        ops.validation.require_same_device("permute_tokens", x=torch.zeros(1), order=torch.zeros(1, device="meta"))
+        validation.require_same_device("permute_tokens", x=torch.zeros(1), order=torch.zeros(1, device="meta"))
     here, there = torch.zeros(1, 2, 5, 3), torch.zeros(1, 2, 5, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match="all tensors must be on one device; given: x on cpu, order on meta"):
-        ops.validation.validate("permute_tokens", contracts.TOKENS_AND_ORDER, {"x": here, "order": there})
+        validation.validate("permute_tokens", contracts.TOKENS_AND_ORDER, {"x": here, "order": there})
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -182,7 +182,25 @@ def _run_every_op_on_an_empty_batch() -> None:
     means = ops.cluster_means(permuted, offsets)
     limits = (0.5, 0.9, 0.1)
     by_error = ops.select_blocks_by_error(permuted, permuted, offsets, centroids, centroids, means, sizes, *limits)
+    first_order, _ = _first_order(permuted, order, offsets, centroids, means, sizes)
+    assert first_order.shape == out.shape
     assert ops.unpermute_tokens(out, order).shape == x.shape
     assert lse.shape == (0, 2, 6)
     assert block_map.shape == by_error.shape == (0, 2, 5, 5)
     assert ops.block_density(offsets, offsets, block_map).shape == (0, 2)
+
+
+def _first_order(
+    x: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor, v_means: Tensor, sizes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """First-order attention of tokens to themselves, with all the ops that belong to it."""
+    variances = ops.cluster_variances(x, order, offsets, centroids)
+    clustered = (x, x, offsets, centroids, centroids, v_means)
+    log_mass, log_error = ops.block_estimates(*clustered, 0.5)
+    density = torch.tensor(0.3)
+    estimates = (log_mass, log_error, variances)
+    block_map = ops.select_blocks_of_layer(*estimates, centroids, sizes, offsets, 0.5, density)
+    terms = ops.first_order_terms(*clustered, log_mass, block_map, 0.5)
+    blocks = (offsets, offsets, block_map, 0.5)
+    result: tuple[Tensor, Tensor] = ops.first_order_attention(x, x, x, *blocks, *clustered[3:], log_mass, *terms)
+    return result

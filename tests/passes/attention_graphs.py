@@ -40,6 +40,7 @@ KEEP_ALL = SparsityPolicy(
     init_iters=2,
     compensation="none",
     routing="score",
+    budget="row",
     collect_stats=False,
     workspace_mb=256,
 )

@@ -110,3 +110,33 @@ def test_a_graph_that_returns_no_tuple_is_refused():
     output.args = (output.args[0][0],)
     with pytest.raises(TypeError, match="returns a tuple"):
         hoist_centroids(copied, sites)
+
+
+POOLED = dataclasses.replace(
+    SELECT, compensation="first_order", routing="error", budget="layer", density=0.3, collect_stats=True
+)
+
+
+def test_the_density_becomes_an_input_that_changes_from_call_to_call():
+    gm, inputs = dynamo_graph(model_of(sdpa), video(2, 60))
+    hoisted, sites = rewritten(gm, POOLED)
+    spec = hoist_centroids(hoisted, sites, budget_input=True)
+    assert spec.has_budget
+    names = [node.name for node in hoisted.graph.find_nodes(op="placeholder")]
+    assert names[-3:] == ["svg2_seeded", "svg2_iters", "svg2_budget"]
+    assert not [node for node in hoisted.graph.nodes if node.name.endswith("_budget") and node.op != "placeholder"]
+    densities = []
+    for density in (0.0, 0.3, 0.6, 1.0):
+        outputs = hoisted(*inputs, *_zeros(spec), torch.tensor(False), 4, torch.tensor(density))
+        densities.append(float(outputs[-1].mean()))
+    assert densities == sorted(densities) and densities[0] == 0 and densities[-1] == 1
+    torch.testing.assert_close(outputs[0], gm(*inputs)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_density_stays_a_constant_unless_asked_for():
+    gm, inputs = dynamo_graph(model_of(sdpa), video(2, 60))
+    hoisted, sites = rewritten(gm, POOLED)
+    spec = hoist_centroids(hoisted, sites)
+    assert not spec.has_budget
+    density = hoisted(*inputs, *_zeros(spec), torch.tensor(False), 4)[-1]
+    assert abs(float(density.mean()) - 0.3) < 0.1

@@ -39,22 +39,55 @@ attended = block_sparse_attention(
 out = getitem(attended)"""
 
 
+FIRST_ORDER = {"compensation": "first_order", "routing": "error", "budget": "layer", "density": 1.0}
+FIRST_ORDER_COUNTS = {
+    "cluster_means": 1,
+    "cluster_variances": 1,
+    "block_estimates": 1,
+    "select_blocks": 0,
+    "select_blocks_of_layer": 1,
+    "first_order_terms": 1,
+    "block_sparse_attention": 0,
+    "first_order_attention": 1,
+}
+FIRST_ORDER_GOLDEN = """\
+value_centroids = cluster_means(value_permuted, key_offsets)
+estimates = block_estimates(key_permuted, value_permuted, key_offsets, query_centroids, key_centroids, value_centroids)
+log_mass = getitem(estimates)
+log_error = getitem(estimates)
+query_variances = cluster_variances(getitem, query_order, query_offsets, query_centroids)
+budget = new_full(query_centroids)
+block_map = select_blocks_of_layer(
+    log_mass, log_error, query_variances, key_centroids, query_sizes, key_offsets, budget)
+terms = first_order_terms(
+    key_permuted, value_permuted, key_offsets, query_centroids, key_centroids, value_centroids, log_mass, block_map)
+residual = getitem(terms)
+slope = getitem(terms)
+attended = first_order_attention(
+    getitem, key_permuted, value_permuted, query_offsets, key_offsets, block_map, query_centroids, key_centroids, \
+value_centroids, log_mass, residual, slope, query_order)
+out = getitem(attended)"""
+
+
 def _operators(gm):
     return Counter(
         operator_name(node) for node in gm.graph.nodes if "svg2::" in str(getattr(node.target, "_schema", ""))
     )
 
 
-def test_golden_text():
+@pytest.mark.parametrize(("changes", "golden"), [({}, GOLDEN), (FIRST_ORDER, FIRST_ORDER_GOLDEN)])
+def test_golden_text(changes, golden):
     gm, _ = dynamo_graph(model_of(lambda query, key, value: sdpa(query, key, value)), video())
-    copied, _ = rewritten(gm)
+    copied, (site,) = rewritten(gm, dataclasses.replace(KEEP_ALL, **changes))
+    assert (site.budget is not None) == bool(changes)
     names = {n.name: f"getitem{'' if i == 0 else f'_{i}'}" for i, n in enumerate(_qkv(gm))}
     lines = []
     for node in copied.graph.nodes:
         if node.name.startswith("svg2_0_"):
             inputs = ", ".join(names.get(n.name, n.name.removeprefix("svg2_0_")) for n in node.all_input_nodes)
             lines.append(f"{node.name.removeprefix('svg2_0_')} = {operator_name(node)}({inputs})")
-    assert "\n".join(lines) == GOLDEN.replace("(\n    ", "(")
+    expected = golden.replace("(\n    ", "(")
+    assert "\n".join(lines[-len(expected.splitlines()) :]) == expected
 
 
 def _qkv(gm):
@@ -71,6 +104,16 @@ def _qkv(gm):
         (
             {"compensation": "centroid", "routing": "error"},
             {"cluster_means": 1, "select_blocks": 0, "select_blocks_by_error": 1},
+        ),
+        (
+            {"compensation": "first_order", "routing": "error"},
+            {"cluster_means": 1, "block_estimates": 1, "select_blocks": 0, "select_blocks_by_error": 1,
+             "first_order_terms": 1, "block_sparse_attention": 0, "first_order_attention": 1},
+        ),
+        ({**FIRST_ORDER}, FIRST_ORDER_COUNTS),
+        (
+            {**FIRST_ORDER, "compensation": "centroid"},
+            {**FIRST_ORDER_COUNTS, "first_order_terms": 0, "first_order_attention": 0, "block_sparse_attention": 1},
         ),
     ],
 )  # fmt: skip

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from svg2_compile.settings.config import ConfigError, Svg2Config
 from svg2_compile.settings.options import ALIASES, SPECS, parse_value
-from svg2_compile.settings.presets import VARIANTS, load_preset, load_presets
 
 
 def test_defaults_are_the_documented_ones() -> None:
     config = Svg2Config.from_options(None)
     assert config == Svg2Config() == Svg2Config.from_options({})
-    assert (config.selection(), config.min_k_ratio) == ((0.9, 0.25), 0.1)
+    assert (config.selection(), config.min_k_ratio) == ((0.9, 0.1), 0.1)
+    assert (config.compensation, config.routing, config.budget) == ("first_order", "error", "layer")
     assert (config.init_iters, config.step_iters) == (10, 1)
     assert (config.dense_steps, config.dense_layers, config.min_tokens) == (0.2, 0.03, "auto")
     assert config.num_q_clusters is None
@@ -34,6 +34,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"top_p": 0.8, "density": 0.1}, (0.8, 0.1)),
         ({"density": None}, (0.9, None)),
         ({"density": "0.4"}, (0.9, 0.4)),
+        ({"compensation": "centroid"}, (0.9, 0.25)),
         ({"compensation": "none"}, (0.9, None)),
         ({"compensation": "none", "density": 0.3}, (0.9, 0.3)),
         ({"preset": "wan2.2-14b-720p:quality"}, (0.85, None)),
@@ -180,9 +181,44 @@ def test_an_error_uses_the_spelling_of_the_user() -> None:
 def test_error_routing_needs_compensation() -> None:
     assert Svg2Config().routing == "error"
     assert Svg2Config(compensation="none").routing == "score"
-    assert Svg2Config(routing="score").compensation == "centroid"
+    assert Svg2Config(routing="score").compensation == "first_order"
     with pytest.raises(ConfigError, match="compensation='centroid'"):
         Svg2Config(routing="error", compensation="none")
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        ({"compensation": "first_order", "density": 0.2}, "layer"),
+        ({"compensation": "first_order", "top_p": 0.8}, "row"),
+        ({"compensation": "first_order", "routing": "score"}, "row"),
+        ({"compensation": "first_order", "density": 0.2, "budget": "row"}, "row"),
+        ({"compensation": "centroid"}, "row"),
+        ({"compensation": "centroid", "budget": "layer"}, "layer"),
+        ({"compensation": "none"}, "row"),
+    ],
+)
+def test_the_budget_is_the_layers_with_first_order_compensation(options: dict[str, Any], budget: str) -> None:
+    config = Svg2Config.from_options(options)
+    assert config.budget == budget == config.sparsity_policy().budget
+    assert Svg2Config.from_options(config.to_dict()) == config
+
+
+def test_a_budget_of_the_layer_needs_a_density_and_routing_by_error() -> None:
+    with pytest.raises(ConfigError, match=r"budget='layer' divides a density .* Valid: a density with it"):
+        Svg2Config(budget="layer", top_p=0.8)
+    with pytest.raises(ConfigError, match=r"budget='layer' spends pairs .* Valid: routing='error'"):
+        Svg2Config(budget="layer", routing="score")
+    with pytest.raises(ConfigError, match="budget='layer' spends pairs"):
+        Svg2Config(budget="layer", compensation="none")
+
+
+def test_the_budget_follows_what_it_depends_on() -> None:
+    pooled = Svg2Config(compensation="first_order", density=0.2)
+    assert pooled.replace(density=0.1).budget == "layer"
+    assert pooled.replace(top_p=0.8, density=None).budget == "row"
+    assert pooled.replace(compensation="centroid").budget == "row"
+    assert Svg2Config(compensation="centroid", budget="layer").replace(density=0.1).budget == "layer"
 
 
 def test_routing_follows_a_changed_compensation() -> None:
@@ -234,6 +270,7 @@ def test_cache_key_covers_every_setting() -> None:
         "min_tokens": 5,
         "compensation": "none",
         "routing": "score",
+        "budget": "row",
         "inner_backend": "eager",
         "inductor_mode": "max-autotune",
         "strict": True,
@@ -259,58 +296,6 @@ def test_cache_key_changes_with_the_version(monkeypatch: pytest.MonkeyPatch) -> 
     before = Svg2Config().cache_key()
     monkeypatch.setattr("svg2_compile.settings.config.package_version", lambda: "999")
     assert Svg2Config().cache_key() != before
-
-
-class TestPresets:
-    def test_each_model_has_each_variant(self) -> None:
-        names = list(load_presets())
-        models = dict.fromkeys(name.split(":")[0] for name in names)
-        assert names == [f"{model}:{variant}" for model in models for variant in VARIANTS]
-        assert {"wan2.1-14b-720p", "wan2.1-1.3b-480p", "wan2.2-14b-720p", "hunyuanvideo-720p"} <= models.keys()
-        assert {"cogvideox", "ltx", "mochi", "skyreels-v2", "allegro"} <= models.keys()
-
-    @pytest.mark.parametrize("name", load_presets())
-    def test_loads_and_survives_a_round_trip(self, name: str) -> None:
-        config = Svg2Config.from_options({"preset": name})
-        assert config.preset == name
-        assert Svg2Config.from_options(config.to_dict()) == config
-        preset = load_preset(name)
-        assert preset.status in ("published", "untested")
-        assert preset.source
-        # Quality falls and speed rises along the variants.
-        variants = [Svg2Config.from_options({"preset": f"{preset.model}:{variant}"}) for variant in VARIANTS]
-        top_p = [variant.selection()[0] for variant in variants]
-        assert top_p == sorted(top_p, reverse=True)
-
-    def test_published_settings(self) -> None:
-        wan = Svg2Config.from_options({"preset": "wan2.1-14b-720p:quality"})
-        assert (wan.num_q_clusters, wan.num_k_clusters, wan.top_p, wan.min_k_ratio) == (300, 1000, 0.9, 0.1)
-        assert (wan.init_iters, wan.step_iters, wan.dense_steps, wan.dense_layers) == (50, 2, 0.2, 0.03)
-        hunyuan = Svg2Config.from_options({"preset": "hunyuanvideo-720p:quality"})
-        assert (hunyuan.num_q_clusters, hunyuan.num_k_clusters, hunyuan.dense_steps) == (400, 1000, 0.1)
-        ear = Svg2Config.from_options({"preset": "wan2.2-14b-720p:quality"})
-        assert (ear.top_p, ear.compensation, ear.routing, ear.dense_layers) == (0.85, "centroid", "error", 0.025)
-        turbo = Svg2Config.from_options({"preset": "wan2.2-14b-720p:turbo"})
-        assert (turbo.top_p, turbo.compensation, turbo.dense_steps) == (0.7, "none", 0.3)
-
-    def test_spellings(self) -> None:
-        spelled = [
-            Svg2Config.from_options({"preset": name})
-            for name in ("ltx", "ltx:balanced", "ltx/balanced", "LTX/Balanced")
-        ]
-        assert len(set(spelled)) == 1
-
-    def test_options_override_the_preset(self) -> None:
-        config = Svg2Config.from_options({"top_p_kmeans": 0.42, "preset": "wan2.1-14b-720p:quality", "dense_steps": 3})
-        assert (config.top_p, config.dense_steps, config.num_q_clusters) == (0.42, 3, 300)
-
-    def test_unknown(self) -> None:
-        with pytest.raises(ConfigError, match=r"'wan2.1'.*Did you mean 'wan2.1-14b-720p'.*mochi"):
-            load_preset("wan2.1")
-        with pytest.raises(ConfigError, match="turbo"):
-            Svg2Config.from_options({"preset": "ltx:fastest"})
-        with pytest.raises(ConfigError, match="not known"):
-            Svg2Config(preset="nothing")
 
 
 SCALARS = st.one_of(

@@ -20,6 +20,7 @@ from bench.quality.measure import VARIANTS
 from bench.quality.plots_video import plot_psnr_density, plot_psnr_speed
 from bench.quality.position import KINDS
 from bench.quality.reuse import CARRIED_ITERS, COLD_ITERS
+from tests.bench.quality.made_up import made_up_campaign, made_up_layers
 
 DENSITIES = [0.05, 0.1, 0.25, 0.5]
 ABOUT_VIDEOS = {
@@ -92,8 +93,10 @@ def test_every_picture_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (results / "quality_attention.json").write_text(json.dumps(made_up_document()))
     for name in ("quality_video", "quality_video_speed"):
         (results / f"{name}.json").write_text(json.dumps({**ABOUT_VIDEOS, "results": made_up_rows()}))
+    (results / "quality_first_order.json").write_text(json.dumps(made_up_campaign()))
+    (results / "quality_first_order_layers.json").write_text(json.dumps(made_up_layers()))
     plots.main()
-    names = ("recall", "error", "reuse", "psnr_density", "psnr_speed")
+    names = ("recall", "error", "reuse", "psnr_density", "psnr_speed", "first_order", "one_query")
     assert {path.name for path in images.iterdir()} == {f"quality_{name}.png" for name in names}
 
 
@@ -101,7 +104,7 @@ def test_error_curves_of_every_method(tmp_path: Path, figures: list[Figure]) -> 
     plots.plot_errors(made_up_document(), tmp_path)
     for axes in figures[0].axes:
         drawn = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
-        assert drawn == {(COLOURS[name], line) for name in METHODS for line in LINES.values()}
+        assert drawn == {(COLOURS[name], LINES[variant]) for name in METHODS for variant in VARIANTS}
 
 
 def test_video_curves_are_sorted_and_top_p_stands_alone(tmp_path: Path, figures: list[Figure]) -> None:

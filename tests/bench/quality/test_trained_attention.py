@@ -16,7 +16,7 @@ from bench.quality.exact import block_mass
 from bench.quality.measure import error_curves, interpolate, recall_curves, require_exact
 from bench.quality.routing import RoutingStudy, compensation_errors
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
-from svg2_compile.kernels.cpu.select import _log_errors
+from svg2_compile.kernels.cpu.estimates import KeyHead, head_estimates
 from svg2_compile.minidit.model import CONFIG, WEIGHTS, VideoSize, load_model
 
 pytestmark = pytest.mark.skipif(not WEIGHTS.exists(), reason="needs the trained weights")
@@ -84,7 +84,8 @@ def test_error_estimate_against_the_exact_error(attentions: list[Attention], sem
     means = (clustering.key.centroids[0, head], sparse.v_centroids[0, head])
 
     def estimate(queries: Tensor) -> Tensor:
-        return _log_errors(queries, sparse.key[0, head], sparse.value[0, head], *means, offsets, attention.scale)
+        keys = KeyHead(sparse.key[0, head], sparse.value[0, head], *means, offsets)
+        return head_estimates(queries, keys, attention.scale)[1]
 
     queries = attention.query[0, head]
     exact, _ = compensation_errors(sparse, head, queries)

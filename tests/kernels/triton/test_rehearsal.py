@@ -27,6 +27,7 @@ from tests.zoo.models import build
 
 PLAIN = {"compensation": "none"}
 EAR = {"top_p": 0.8, "compensation": "centroid", "routing": "error"}
+FIRST_ORDER = {"density": 0.5, "compensation": "first_order"}
 KEPT: list[tuple[fx.GraphModule, list[Any]]] = []
 
 
@@ -75,24 +76,32 @@ def rehearse(name: str, options: dict[str, Any]) -> tuple[fx.GraphModule, list[L
     return graph, launches
 
 
-@pytest.mark.parametrize(("name", "options"), [("wan_t2v", PLAIN), ("hunyuan_video", EAR), ("ltx_video", PLAIN)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("wan_t2v", PLAIN), ("hunyuan_video", EAR), ("ltx_video", PLAIN), ("hunyuan_video", FIRST_ORDER)],
+)
 def test_from_torch_compile_to_launches_without_a_host_read(name: str, options: dict[str, Any]) -> None:
     graph, launches = rehearse(name, options)
     names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert not [name for name in names if "_local_scalar_dense" in name or "nonzero" in name or ".item" in name]
-    sites = sum("svg2.block_sparse_attention" in name for name in names)
+    attention = "first_order_attention" if options == FIRST_ORDER else "block_sparse_attention"
+    sites = sum(f"svg2.{attention}" in name for name in names)
     kernels = Counter(launch.name for launch in launches)
     assert sites >= 1
     assert kernels["attend"] >= sites  # one per pass
     assert kernels["_assign"] == kernels["_update"] >= 2 * sites  # one per iteration, queries and keys
     assert kernels["_start"] == 2 * sites
-    assert kernels["_select_rows"] == sites
-    assert kernels["_log_errors"] == (sites if options == EAR else 0)
-    assert kernels["_cluster_means"] == (sites if options == EAR else 0)
+    assert kernels["_select_rows"] == (0 if options == FIRST_ORDER else sites)
+    for kernel in ("_log_errors", "_cluster_means"):
+        assert kernels[kernel] == (0 if options == PLAIN else sites)
+    for kernel in ("_cluster_variances", "_write_map", "_residuals", "_slopes"):
+        assert kernels[kernel] == (sites if options == FIRST_ORDER else 0)
+    assert kernels["_count_digits"] == (8 * sites if options == FIRST_ORDER else 0)
 
 
-def test_every_launch_of_a_model_compiles_for_hopper() -> None:
-    _, launches = rehearse("hunyuan_video", EAR)
+@pytest.mark.parametrize("options", [EAR, FIRST_ORDER])
+def test_every_launch_of_a_model_compiles_for_hopper(options: dict[str, Any]) -> None:
+    _, launches = rehearse("hunyuan_video", options)
     distinct = {(launch.name, str(launch.arguments)): launch for launch in launches}
     by_name = {launch.name: launch for launch in distinct.values()}
     assert len(by_name) >= 15

@@ -1,0 +1,171 @@
+"""Many videos, one at a time and resumable: a line of JSON for each, in a file outside the repository.
+
+    python -m bench.quality.campaign rows.jsonl            sample what is missing in the file, most telling first
+    python -m bench.quality.campaign rows.jsonl --write    bench/results/quality_first_order.json from the lines there
+
+Paired as in ``bench.quality.video``: same noise, same dense kernel, same inner backend. The dense videos lie beside the
+file. Stop it whenever you like; it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.common import write_results
+from bench.minidit.sample import PROMPTS
+from bench.quality.methods import GLOBAL_SLOPE, METHODS, PARTS
+from bench.quality.results import FIRST_ORDER
+from bench.quality.video import Setting, gate, sample, sample_sparse
+from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
+from svg2_compile.minidit.model import VideoSize, load_model
+
+SIZE, GUIDANCE, STEPS = VideoSize(16, 64, 64), 3.0, 20
+ALL = {method.name: method for method in (*METHODS, GLOBAL_SLOPE, *PARTS)}
+FIRST, BEFORE = "svg2+first_order", "svg2+comp+ear"
+FIRST_SEED = 100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sparse video: the method at a density, the prompt's number, and how many steps and layers are dense."""
+
+    method: str
+    density: float
+    prompt: int
+    steps: int = STEPS
+    dense_layers: float = 0.03
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(SIZE, self.steps, GUIDANCE, dense_layers=self.dense_layers)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.method, self.density, self.prompt, self.steps, self.dense_layers
+
+
+def planned(prompts: Sequence[int]) -> Iterator[Sample]:
+    """All samples, in an order in which every prefix already says something."""
+
+    def of(points: Sequence[tuple[str, float]], steps: int = STEPS, dense_layers: float = 0.03) -> Iterator[Sample]:
+        for prompt in prompts:
+            for method, density in points:
+                yield Sample(method, density, prompt, steps, dense_layers)
+
+    yield from of([(FIRST, 0.10), (BEFORE, 0.25), (BEFORE, 0.10)])
+    yield from of([(FIRST, 0.25), (FIRST, 0.15), (FIRST, 0.05)])
+    yield from of([(BEFORE, 0.15), (BEFORE, 0.05)])
+    yield from of([(method, density) for method in ("global slope", "svg2") for density in (0.10, 0.25)])
+    for steps in (8, 4):
+        yield from of([(FIRST, 0.10), (BEFORE, 0.25)], steps=steps)
+    yield from of([(method.name, 0.10) for method in PARTS])
+    yield from of([("tiles+first_order", density) for density in (0.10, 0.25)])
+    yield from of([(FIRST, 0.10)], dense_layers=0.0)
+    yield from of([(method, density) for method in ("global slope", "svg2") for density in (0.05, 0.15)])
+    yield from of([("tiles+first_order", density) for density in (0.05, 0.15)])
+    yield from of([(method.name, 0.25) for method in PARTS])
+
+
+def flicker(video: Tensor, dense: Tensor) -> float:
+    """Mean absolute difference between the changes from frame to frame of two videos [3, F, H, W]."""
+    return float((video.diff(dim=1) - dense.diff(dim=1)).abs().mean())
+
+
+def measure(model: nn.Module, item: Sample, dense: Tensor) -> dict[str, Any]:
+    """Sample one video and compare it with the dense one."""
+    began = time.perf_counter()
+    job = (PROMPTS[item.prompt], FIRST_SEED + item.prompt)
+    (done,) = sample_sparse(model, [job], item.setting, ALL[item.method], {"density": item.density})
+    return {
+        "method": item.method,
+        "requested_density": item.density,
+        "prompt": item.prompt,
+        "steps": item.steps,
+        "dense_layers": item.dense_layers,
+        "density": round(done.density, 4),
+        "density_overall": round(done.density_overall, 4),
+        "psnr": round(psnr(done.video, dense), 3),
+        "ssim": round(ssim(done.video, dense), 4),
+        "ms_ssim": round(multiscale_ssim(done.video, dense), 4),
+        "flicker": round(flicker(done.video, dense), 5),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def dense_video(model: nn.Module, item: Sample, folder: Path) -> Tensor:
+    """The dense video of a sample's prompt and number of steps; made once."""
+    path = folder / f"dense_{item.prompt}_{item.steps}.pt"
+    if not path.exists():
+        torch.save(sample(model, PROMPTS[item.prompt], FIRST_SEED + item.prompt, item.setting).video, path)
+    video: Tensor = torch.load(path)
+    return video
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(path: Path, prompts: Sequence[int]) -> None:
+    """Sample what the file does not have."""
+    model = load_model()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = ("method", "requested_density", "prompt", "steps", "dense_layers")
+    done = {tuple(row[key] for key in keys) for row in read_rows(path)}
+    for item in planned(prompts):
+        if item.key not in done:
+            row = measure(model, item, dense_video(model, item, path.parent))
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row per point over its prompts: mean, deviation and each prompt's value, in the order of the file."""
+    points: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        points[row["method"], row["requested_density"], row["steps"], row["dense_layers"]].append(row)
+    results = []
+    for (method, density, steps, dense_layers), found in points.items():
+        found = sorted(found, key=lambda row: int(row["prompt"]))
+        result: dict[str, Any] = {"method": method, "requested_density": density, "steps": steps}
+        result |= {"dense_layers": dense_layers, "prompts": [row["prompt"] for row in found]}
+        result["density"] = round(statistics.fmean(row["density"] for row in found), 4)
+        for what, digits in (("psnr", 2), ("ssim", 4), ("ms_ssim", 4), ("flicker", 5), ("seconds", 1)):
+            values = [float(row[what]) for row in found]
+            result[f"{what}_mean"] = round(statistics.fmean(values), digits)
+            result[f"{what}_std"] = round(statistics.stdev(values), digits) if len(values) > 1 else 0.0
+        results.append(result | {"psnr_per_prompt": [row["psnr"] for row in found]})
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="the file of JSON lines")
+    parser.add_argument("--prompts", type=int, nargs="+", default=list(range(len(PROMPTS))), metavar="N")
+    parser.add_argument("--write", action="store_true", help="sample nothing; write the result file")
+    arguments = parser.parse_args()
+    if not arguments.write:
+        with contextlib.suppress(KeyboardInterrupt):
+            run(arguments.rows, arguments.prompts)
+        return
+    jobs = [(prompt, FIRST_SEED + index) for index, prompt in enumerate(PROMPTS)]
+    error = gate(jobs, Setting(VideoSize(8, 32, 32), STEPS, GUIDANCE), ALL[FIRST])
+    size = {"frames": SIZE.frames, "height": SIZE.height, "width": SIZE.width, "tokens": SIZE.tokens}
+    described = {**size, "guidance": GUIDANCE, "dense_steps": 0.2, "jobs": jobs, "gate_error": error}
+    print(write_results(FIRST_ORDER, summary(read_rows(arguments.rows)), **described))
+
+
+if __name__ == "__main__":
+    main()

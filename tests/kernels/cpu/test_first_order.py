@@ -1,0 +1,139 @@
+"""First-order compensation on the CPU against the oracle in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from svg2_compile.kernels.cpu import first_order as cpu_first_order
+from svg2_compile.kernels.cpu import implementation as cpu
+from svg2_compile.kernels.reference import implementation as reference
+from svg2_compile.kernels.tuning.lookup import override
+from tests.kernels.first_order_cases import F64, SHAPES, attention_answers, check_estimates, check_terms
+from tests.kernels.helpers import FirstOrder, assert_within_budget, make_problem
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def check_attention(case: FirstOrder) -> None:
+    exact_out, exact_lse, eager = attention_answers(case)
+    out, lse = cpu.first_order_attention(*case.attention_args)
+    assert (out.dtype, lse.dtype) == (case.problem.query.dtype, torch.float32)
+    assert out.is_contiguous()
+    assert_within_budget(out, exact_out, eager)
+    assert torch.equal(lse == -math.inf, exact_lse == -math.inf)
+    finite = exact_lse > -math.inf
+    assert_within_budget(lse[finite], exact_lse[finite].double(), roundings=64)
+
+
+def check_all(case: FirstOrder) -> None:
+    check_estimates(case, *cpu.block_estimates(*case.estimate_args))
+    check_terms(case, *cpu.first_order_terms(*case.term_args))
+    check_attention(case)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_op_over_shapes(name: str) -> None:
+    case = FirstOrder.of(make_problem(**SHAPES[name]))
+    check_all(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("input_scale", [1.0, 4.0, 16.0])
+def test_every_op_over_dtypes_and_input_scales(dtype: torch.dtype, input_scale: float) -> None:
+    case = FirstOrder.of(make_problem(dtype=dtype, input_scale=input_scale, num_keys=700))
+    check_all(case)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 10_000),
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    num_queries=st.integers(1, 150),
+    num_keys=st.integers(1, 600),
+    head_dim=st.integers(1, 40),
+    num_q_clusters=st.integers(1, 9),
+    num_k_clusters=st.integers(1, 20),
+    keep=st.sampled_from([0.0, 0.02, 0.3, 1.1]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_every_op_over_random_problems(kv_heads: int, group: int, **shape: Any) -> None:
+    case = FirstOrder.of(make_problem(kv_heads=kv_heads, q_heads=kv_heads * group, **shape))
+    check_all(case)
+
+
+def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = FirstOrder.of(make_problem(batch=2, q_heads=4, kv_heads=2, num_queries=400, num_keys=500, num_k_clusters=30))
+    whole = cpu.first_order_attention(*case.attention_args), cpu.first_order_terms(*case.term_args)
+    estimates = cpu.block_estimates(*case.estimate_args)
+    monkeypatch.setattr(cpu_first_order, "SCORES_PER_TILE", 1)
+    in_tiles = cpu.first_order_attention(*case.attention_args), cpu.first_order_terms(*case.term_args)
+    torch.testing.assert_close(in_tiles, whole, rtol=1e-5, atol=1e-6)
+    with override("cpu_error", {"ERRORS_PER_TILE": 35}):
+        torch.testing.assert_close(cpu.block_estimates(*case.estimate_args), estimates, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_in_token_order_give_the_same() -> None:
+    case = FirstOrder.of(make_problem(q_heads=4, kv_heads=2))
+    generator = torch.Generator().manual_seed(0)
+    orders = [
+        torch.stack([torch.randperm(n, generator=generator) for _ in range(h)])[None] for h, n in ((4, 130), (2, 170))
+    ]
+    q_order, k_order = (order.to(torch.int32) for order in orders)
+    args = list(case.attention_args)
+    args[0], args[1], args[2] = (
+        reference.unpermute_tokens(x, order) for x, order in zip(args[:3], (q_order, k_order, k_order), strict=True)
+    )
+    args += [q_order, k_order]
+    out, lse = cpu.first_order_attention(*args)
+    expected, expected_lse = cpu.first_order_attention(*case.attention_args)
+    torch.testing.assert_close(reference.permute_tokens(out, q_order), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse.gather(2, q_order.long()), expected_lse, rtol=0, atol=1e-5)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_one_giant_cluster_beside_empty_ones() -> None:
+    problem = make_problem(num_keys=900, num_k_clusters=6, num_queries=500, num_q_clusters=5)
+    problem.k_offsets[:] = torch.tensor([0, 0, 880, 880, 883, 883, 883, 895, 900], dtype=torch.int32)
+    problem.q_offsets[:] = torch.tensor([0, 0, 0, 499, 499, 500, 500, 500], dtype=torch.int32)
+    means = [reference.cluster_means(x, problem.k_offsets) for x in (problem.key, problem.value)]
+    problem = dataclasses.replace(problem, k_centroids=means[0], v_centroids=means[1])
+    problem.k_centroids[..., 0, :] = math.nan  # an empty cluster's centroid may be anything
+    case = FirstOrder.of(problem)
+    check_all(case)
+
+
+def test_masked_garbage_is_never_read() -> None:
+    problem = make_problem(num_keys=300)
+    case = FirstOrder.of(problem)
+    clean = cpu.block_estimates(*case.estimate_args), cpu.first_order_terms(*case.term_args)
+    attended = cpu.first_order_attention(*case.attention_args)
+    for h in (0, 1):
+        problem.key[0, h, int(problem.k_offsets[0, h, -2]) :] = math.nan
+        problem.value[0, h, int(problem.k_offsets[0, h, -2]) :] = math.nan
+    assert bool(problem.key.isnan().any())
+    again = cpu.block_estimates(*case.estimate_args), cpu.first_order_terms(*case.term_args)
+    torch.testing.assert_close(again, clean, rtol=0, atol=0)
+    torch.testing.assert_close(cpu.first_order_attention(*case.attention_args), attended, rtol=0, atol=0)
+
+
+def test_variances_equal_the_oracle() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 90, 7, generator=generator).transpose(2, 3).contiguous().transpose(2, 3)
+    labels = torch.randint(0, 5, (2, 3, 80), generator=generator, dtype=torch.int32)
+    labels[labels == 3] = 4
+    order, offsets = reference.cluster_order(labels, 5, 6, 90)
+    centroids = torch.randn(2, 3, 5, 7, generator=generator)
+    for dtype in DTYPES:
+        actual = cpu.cluster_variances(x.to(dtype), order, offsets, centroids)
+        exact = reference.cluster_variances(x.to(dtype), order, offsets, centroids, compute_dtype=F64)
+        torch.testing.assert_close(actual, exact)
+        assert not bool(actual[:, :, 3].any())
