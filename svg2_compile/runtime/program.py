@@ -66,6 +66,7 @@ class DenoisingProgram:
         self._binder = SymbolBinder((sparse or dense).gm)
         self._flags: dict[bool, torch.Tensor] = {}
         self._tokens: tuple[int, ...] | None = None
+        self._failed = False
         session.programs.add(self)
 
     def site_reports(self) -> list[SiteReport]:
@@ -80,14 +81,26 @@ class DenoisingProgram:
             self.session.ran_dense(self, args)
             return self.dense(*args)
         plan = self.session.plan(self, args)
-        if not plan.sparse:
-            self._record(plan, iters=0, seeded=False, densities={})
-            return self.dense(*args)
+        if not plan.sparse or self._failed:
+            return self._run_dense(plan, args)
         try:
             return self._run_sparse(self.sparse, self.spec, plan, args)
-        except BaseException:
+        except Exception as error:
+            self.session.fail(plan)
+            if self.session.config.strict:
+                raise
+            self._failed = True
+            self.session.watch.graph_failed(self.name, error)
+        except BaseException:  # an interrupt
             self.session.fail(plan)
             raise
+        return self._run_dense(plan, args)
+
+    def _run_dense(self, plan: CallPlan, args: Sequence[Any]) -> Any:
+        if self._failed:
+            plan = replace(plan, sparse=False, reason="failed")
+        self._record(plan, iters=0, seeded=False, densities={})
+        return self.dense(*args)
 
     def _run_sparse(self, graph: CompiledGraph, spec: StateSpec, plan: CallPlan, args: Sequence[Any]) -> Any:
         config, store, standing = self.session.config, self.session.store, plan.standing

@@ -86,6 +86,14 @@ class SilenceWatch:
         if standing is not None and standing.is_last and standing.step > 0 and request.sparse_calls == 0:
             self._say_dense_video(request.dense_reasons, programs)
 
+    def graph_failed(self, name: str, error: Exception) -> None:
+        """The sparse graph of a program raised; the dense one runs from now on."""
+        self._say(
+            ("failed", name),
+            f"{name} stays dense from here on: its sparse graph failed with {type(error).__name__}: {error}. "
+            "strict=True raises it.",
+        )
+
     def _say_no_graph_ran(self, call: ModelCall) -> None:
         self._say(
             ("no graph", id(call.module)),

@@ -205,9 +205,6 @@ def test_grid_sizes_are_read_from_a_tensor(regional: bool) -> None:
     assert reasons(sites_of(Videos(by_grid).eval(), calls, regional)) == {"sparse"}
 
 
-RUN_TIME = pytest.mark.xfail(reason="steps of blocks are the run time's", strict=False)
-
-
 def loop(model: nn.Module, timesteps: list[Tensor], **options: Any) -> Counter[str]:
     with torch.no_grad(), svg2_compile.enable(model, min_tokens=0, inner_backend="eager", **options) as enabled:
         for timestep in timesteps:
@@ -215,20 +212,17 @@ def loop(model: nn.Module, timesteps: list[Tensor], **options: Any) -> Counter[s
         return Counter(run.graph for run in enabled.report().runs)
 
 
-@RUN_TIME
 def test_a_short_schedule_of_blocks_becomes_sparse() -> None:
     steps = [torch.tensor([999.0 - 125 * step]) for step in range(8)]
     assert loop(Model().eval(), steps, regional=True, dense_layers=0)["sparse"] >= 8
 
 
-@RUN_TIME
 @pytest.mark.parametrize("regional", [False, True])
 def test_a_timestep_for_every_frame(regional: bool) -> None:
     steps = [torch.full((1, 5), 999.0 - 33 * step) for step in range(30)]
     assert loop(Model().eval(), steps, regional=regional, dense_layers=0)["sparse"] >= 30
 
 
-@RUN_TIME
 def test_dense_layers_count_over_all_graphs() -> None:
     class Broken(Model):
         def forward(self, x: Any, timestep: Any, *_: Any) -> Tensor:

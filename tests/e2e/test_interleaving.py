@@ -39,8 +39,8 @@ def _model() -> Any:
         ).eval()
 
 
-class Failure(Exception):
-    pass
+class Failure(BaseException):
+    """As an interrupt: what is no error of the graph ends the call."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import svg2_compile
+from svg2_compile.runtime.program import DenoisingProgram
 from svg2_compile.runtime.session import sessions
 from tests.support import IDENTITY, SELECTION, assert_close, at_timestep, first_output
 from tests.zoo.models import build
@@ -205,3 +206,26 @@ def test_one_host_read_per_model_call_and_none_with_a_scheduler():
     (session,) = set(sessions()) - before
     (program,) = session.programs
     assert program.time_reader.reads == 3
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_sparse_graph_that_fails_does_not_end_the_call(strict, monkeypatch, caplog):
+    module, inputs = build("wan_t2v")
+
+    def failing(*_):
+        raise RuntimeError("no such kernel")
+
+    with torch.no_grad():
+        expected = first_output(module, at_timestep(inputs, 700))
+        with svg2_compile.enable(module, **{**IDENTITY, "dense_steps": 0, "strict": strict}) as enabled:
+            monkeypatch.setattr(DenoisingProgram, "_run_sparse", failing)
+            if strict:
+                with pytest.raises(RuntimeError, match="no such kernel"):
+                    first_output(module, at_timestep(inputs, 700))
+                return
+            for _ in range(2):
+                assert_close(first_output(module, at_timestep(inputs, 700)), expected)
+            report = enabled.report()
+    assert {run.reason for run in report.runs} == {"failed"} and report.store_entries == 0
+    assert any("no such kernel" in note for note in report.notes)
+    assert sum("no such kernel" in record.getMessage() for record in caplog.records) == 1
