@@ -34,13 +34,14 @@ def test_a_compiled_model_with_everything_selected_is_the_dense_one(name: str) -
 
 def test_a_block_compiled_alone_with_changing_sizes_keeps_the_density_of_the_layer() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(block(), backend="svg2", options=A_THIRD, dynamic=True)
+    module = block()
+    compiled = torch.compile(module, backend="svg2", options=A_THIRD, dynamic=True)
     with torch.no_grad():
         for tokens in (96, 120):
             video, time = block_inputs(tokens)
             out = compiled(video, time)
             assert out.isfinite().all() and out.shape == video.shape
-    found = densities(svg2_compile.report())
+    found = densities(svg2_compile.report(module))
     assert found
     assert all(0.2 < density < 0.55 for density in found)
 

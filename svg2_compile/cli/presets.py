@@ -75,7 +75,7 @@ def overview(presets: Sequence[Preset]) -> Table:
             f"{config.selection()[0]:.2f}",
             _clusters(config),
             f"{_amount(config.dense_steps)} {_amount(config.dense_layers)}",
-            {"none": "-", "centroid": "centroid"}[config.compensation],
+            {"none": "-", "centroid": "centroid", "first_order": "1st order"}[config.compensation],
             end_section=preset.variant == VARIANTS[-1],
         )
     return table

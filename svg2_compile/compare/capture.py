@@ -76,8 +76,11 @@ class MapRequest:
         return layers[number]
 
 
-class Captured(Exception):
-    """Ends the run: the inputs of the attention were taken."""
+class Captured(BaseException):
+    """Ends the run: the inputs of the attention were taken.
+
+    No Exception, after which the dense graph would run instead.
+    """
 
     def __init__(self, inputs: AttentionInputs) -> None:
         super().__init__("captured")
