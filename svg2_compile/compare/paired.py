@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import statistics
 import time
@@ -179,7 +180,8 @@ def _warm_up(subject: Subject, enabled: Enabled, teller: _Teller) -> None:
     for phase, dense_steps in zip(PHASES, (EVERY_STEP, 0), strict=False):
         teller.begin(phase)
         _with_dense_steps(enabled, dense_steps)
-        subject.generate(WARM_UP_STEPS)
+        with enabled.session.watch.quiet():  # one of them is dense on purpose
+            subject.generate(WARM_UP_STEPS)
     _with_dense_steps(enabled, asked)
 
 
@@ -192,7 +194,8 @@ def _timed(subject: Subject, enabled: Enabled, dense_steps: int | None, teller: 
     hook = SchedulerHook(subject.scheduler, timer.begin_video, timer.end_step)
     try:
         _with_dense_steps(enabled, asked if dense_steps is None else dense_steps)
-        video = subject.generate(None)
+        with enabled.session.watch.quiet() if dense_steps is not None else contextlib.nullcontext():
+            video = subject.generate(None)
     finally:
         hook.remove()
         enabled.session.config = enabled.session.config.replace(dense_steps=asked)
