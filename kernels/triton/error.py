@@ -63,9 +63,10 @@ def _log_errors(
     line = tl.program_id(2).to(tl.int64) * num_q_clusters + row
     mean_logit = tl.load(logits + line * num_logits + cluster, mask=is_row, other=0.0) * scale_log2
     column = tl.arange(0, BLOCK_DV)
-    is_cluster = cluster < num_k_clusters
+    # The context's program has no cluster: widths of 0, since newer interpreters take no mask joined with a scalar one.
+    is_cluster = (cluster < num_k_clusters).to(tl.int32)
     place = (kv_group * num_k_clusters + cluster) * VALUE_WIDTH + column
-    mean = tl.load(v_centroids + place, mask=(column < VALUE_WIDTH) & is_cluster, other=0.0)
+    mean = tl.load(v_centroids + place, mask=column < VALUE_WIDTH * is_cluster, other=0.0)
 
     boundary = offsets + kv_group * (num_k_clusters + 3) + cluster
     begin, end = tl.load(boundary), tl.load(boundary + 1)
@@ -94,7 +95,7 @@ def _log_errors(
     total = tl.log(tl.sum(error * error, 1)) + 2.0 * LN_2 * (largest + mean_logit)
     # An empty block's centroid may be anything.
     total = tl.where(end > begin, total, float("-inf"))
-    tl.store(log_error + line * num_k_clusters + cluster, total, mask=is_row & is_cluster)
+    tl.store(log_error + line * num_k_clusters + cluster, total, mask=row < num_q_clusters * is_cluster)
     if MASS:
         mass = weight_sum + (end - begin).to(tl.float32) * tl.exp2(-largest)
         total = tl.where(end > begin, tl.log(mass) + LN_2 * (largest + mean_logit), float("-inf"))
