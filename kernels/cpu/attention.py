@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from svg2_compile.kernels.cpu.cluster import gather_rows, permute_tokens, unpermute_tokens
+from svg2_compile.kernels.cpu.cluster import by_cluster, by_token, gather_rows
 from svg2_compile.kernels.cpu.keys import Head, KeyTable
 from svg2_compile.kernels.tuning.lookup import tuned
 
@@ -59,15 +59,10 @@ def block_sparse_attention(
     """Softmax attention of each query block over its selected key blocks; see ``ops.block_sparse_attention``. Works on
     a few heads at a time (of a long video: one), so its workspace is that of their tokens, whatever ``workspace_mb``
     is."""
-    if k_order is not None:
-        key, value = permute_tokens(key, k_order), permute_tokens(value, k_order)
-    if q_order is not None:
-        query = permute_tokens(query, q_order)
+    query, key, value = by_cluster(query, key, value, q_order, k_order)
     means = None if k_centroids is None or v_centroids is None else (k_centroids, v_centroids)
     out, lse = attend_to_blocks((query, key, value), q_offsets, k_offsets, block_map, scale, means, query.dtype)
-    if q_order is not None:
-        return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.to(torch.int64), lse)
-    return out, lse
+    return by_token(out, lse, q_order)
 
 
 def attend_to_blocks(

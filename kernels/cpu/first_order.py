@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.cpu.attention import attend_to_blocks
-from svg2_compile.kernels.cpu.cluster import permute_tokens, unpermute_tokens
+from svg2_compile.kernels.cpu.cluster import by_cluster, by_token
 
 SCORES_PER_TILE = 1 << 17  # floats of a [tokens, clusters] tile: it stays in the second-level cache
 # Beside 1, exp() of less is nothing; and products with it are normal numbers: others take ten times as long.
@@ -96,10 +96,7 @@ def first_order_attention(
 ) -> tuple[Tensor, Tensor]:
     """Selected keys exactly, skipped clusters to first order; see ``ops.first_order_attention``. Workspace as of
     ``block_sparse_attention``."""
-    if k_order is not None:
-        key, value = permute_tokens(key, k_order), permute_tokens(value, k_order)
-    if q_order is not None:
-        query = permute_tokens(query, q_order)
+    query, key, value = by_cluster(query, key, value, q_order, k_order)
     tokens = (query, key, value)
     out, lse = attend_to_blocks(tokens, q_offsets, k_offsets, block_map, scale, None, torch.float32)
     num_q_clusters, num_k_clusters = q_centroids.shape[2], k_centroids.shape[2]
@@ -115,10 +112,7 @@ def first_order_attention(
             offset = residual[b, h] - q_centroids[b, h] @ slope[b, g]
             skipped = Skipped(keys, bias, v_centroids[b, g], offset, slope[b, g])
             _merge_skipped(query[b, h], q_offsets[b, h].diff()[:num_q_clusters], skipped, scale, out[b, h], lse[b, h])
-    out = out.to(query.dtype)
-    if q_order is not None:
-        return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.to(torch.int64), lse)
-    return out, lse
+    return by_token(out.to(query.dtype), lse, q_order)
 
 
 def _merge_skipped(query: Tensor, sizes: Tensor, skipped: Skipped, scale: float, out: Tensor, lse: Tensor) -> None:

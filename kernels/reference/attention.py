@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels.reference.cluster import permute_tokens, unpermute_tokens
+from svg2_compile.kernels.reference.cluster import by_cluster, by_token
 
 
 def block_sparse_attention(
@@ -28,10 +28,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query block over the keys of its selected key blocks; see
     ``ops.block_sparse_attention``. Knows no workspace."""
-    if k_order is not None:
-        key, value = permute_tokens(key, k_order), permute_tokens(value, k_order)
-    if q_order is not None:
-        query = permute_tokens(query, q_order)
+    query, key, value = by_cluster(query, key, value, q_order, k_order)
     batch, q_heads, num_queries, _ = query.shape
     heads_per_group = q_heads // max(key.shape[1], 1)
     out = query.new_zeros(batch, q_heads, num_queries, value.shape[3])
@@ -50,9 +47,7 @@ def block_sparse_attention(
                     logits = scale * (query[b, h, rows].to(compute_dtype) @ keys.T) + bias
                     out[b, h, rows] = (torch.softmax(logits, dim=-1) @ values).to(out.dtype)
                     lse[b, h, rows] = torch.logsumexp(logits, dim=-1).to(lse.dtype)
-    if q_order is not None:
-        return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.long(), lse)
-    return out, lse
+    return by_token(out, lse, q_order)
 
 
 def _visible_keys(

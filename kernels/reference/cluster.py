@@ -90,6 +90,24 @@ def unpermute_tokens(x: Tensor, order: Tensor) -> Tensor:
     return out.scatter_(2, order.long().unsqueeze(-1).expand_as(x), x)
 
 
+def by_cluster(
+    query: Tensor, key: Tensor, value: Tensor, q_order: Tensor | None, k_order: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention reads, in the order of clusters; without an order it is there already."""
+    if k_order is not None:
+        key, value = permute_tokens(key, k_order), permute_tokens(value, k_order)
+    if q_order is not None:
+        query = permute_tokens(query, q_order)
+    return query, key, value
+
+
+def by_token(out: Tensor, lse: Tensor, q_order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What attention returns, in the order that its queries had before :func:`by_cluster`."""
+    if q_order is None:
+        return out, lse
+    return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.to(torch.int64), lse)
+
+
 def cluster_means(x: Tensor, offsets: Tensor, *, compute_dtype: torch.dtype = torch.float32) -> Tensor:
     """Mean of the rows of each cluster; see ``ops.cluster_means``."""
     batch, heads, _, head_dim = x.shape

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels.reference.cluster import permute_tokens, unpermute_tokens
+from svg2_compile.kernels.reference.cluster import by_cluster, by_token
 
 
 def _clusters(tokens: Tensor, bounds: list[int], compute_dtype: torch.dtype) -> list[Tensor]:
@@ -81,10 +81,7 @@ def first_order_attention(
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Selected keys exactly, skipped clusters to first order; see ``ops.first_order_attention``. Knows no workspace."""
-    if k_order is not None:
-        key, value = permute_tokens(key, k_order), permute_tokens(value, k_order)
-    if q_order is not None:
-        query = permute_tokens(query, q_order)
+    query, key, value = by_cluster(query, key, value, q_order, k_order)
     batch, q_heads, num_queries, _ = query.shape
     num_q_clusters, num_k_clusters = q_centroids.shape[2], k_centroids.shape[2]
     out = query.new_zeros(batch, q_heads, num_queries, value.shape[3])
@@ -115,6 +112,4 @@ def first_order_attention(
                     result = (weights @ values + share * added).to(out.dtype)
                     out[b, h, q_bounds[i] : q_bounds[i + 1]] = result
                     lse[b, h, q_bounds[i] : q_bounds[i + 1]] = torch.logsumexp(logits, dim=-1).to(lse.dtype)
-    if q_order is not None:
-        return unpermute_tokens(out, q_order), torch.empty_like(lse).scatter_(2, q_order.long(), lse)
-    return out, lse
+    return by_token(out, lse, q_order)
