@@ -19,15 +19,15 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import diffusers
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import svg2_compile
 from bench.common import Timing, write_results
 from svg2_compile.runtime.session import Session
+from tests.e2e.pipelines import SmallPipeline, build
 
-STEPS, BRANCHES, LAYERS = 10, 2, 3
+STEPS, BRANCHES = 10, 2
 OPTIONS: dict[str, Any] = {
     "min_tokens": 0,
     "dense_steps": 1,
@@ -40,45 +40,32 @@ OPTIONS: dict[str, Any] = {
 LIMIT_US = 50.0
 
 
-def pipeline() -> Any:
-    torch.manual_seed(0)
-    transformer = diffusers.WanTransformer3DModel(
-        **{"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4},
-        **{"out_channels": 4, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": LAYERS},
-        rope_max_seq_len=32,
-    ).eval()
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def by_pipeline(small: SmallPipeline) -> None:
+    small.run(STEPS)
 
 
-PROMPTS = {"prompt_embeds": torch.randn(1, 12, 16), "negative_prompt_embeds": torch.randn(1, 12, 16)}
+def by_context(small: SmallPipeline) -> None:
+    _loop(small, lambda step, branch: svg2_compile.denoising(step=step, num_steps=STEPS, branch=branch))
 
 
-def by_pipeline(pipe: Any) -> None:
-    pipe(**PROMPTS, height=128, width=128, num_frames=5, num_inference_steps=STEPS, output_type="latent")
+def by_timestep(small: SmallPipeline) -> None:
+    _loop(small, lambda step, branch: svg2_compile.denoising())
 
 
-def by_context(pipe: Any) -> None:
-    _loop(pipe, lambda step, branch: svg2_compile.denoising(step=step, num_steps=STEPS, branch=branch))
-
-
-def by_timestep(pipe: Any) -> None:
-    _loop(pipe, lambda step, branch: svg2_compile.denoising())
-
-
-def _loop(pipe: Any, said: Callable[[int, str], Any]) -> None:
+def _loop(small: SmallPipeline, said: Callable[[int, str], Any]) -> None:
     latents = torch.randn(1, 4, 2, 16, 16)
     for step in range(STEPS):
-        for branch, prompt in zip(("cond", "uncond"), PROMPTS.values(), strict=True):
+        for branch, prompt in (("cond", "prompt_embeds"), ("uncond", "negative_prompt_embeds")):
             with torch.no_grad(), said(step, branch):
-                pipe.transformer(latents, torch.tensor([999 - 100 * step]), prompt, return_dict=False)
+                timestep, text = torch.tensor([999 - 100 * step]), small.arguments[prompt]
+                small.pipe.transformer(latents, timestep, text, return_dict=False)
 
 
-WAYS: dict[str, Callable[[Any], None]] = {"scheduler": by_pipeline, "context": by_context, "timestep": by_timestep}
+WAYS: dict[str, Callable[[SmallPipeline], None]] = {
+    "scheduler": by_pipeline,
+    "context": by_context,
+    "timestep": by_timestep,
+}
 
 
 class HostReads(TorchDispatchMode):
@@ -138,19 +125,19 @@ def reads_of(run: Callable[[], None]) -> int:
 
 
 def measure_way(way: str, regional: bool, videos: int) -> dict[str, Any]:
-    pipe = pipeline()
+    small = build("wan")
     # Only a module is enabled where no scheduler is to tell.
-    target = pipe if way == "scheduler" else pipe.transformer
+    target = small.pipe if way == "scheduler" else small.pipe.transformer
     with svg2_compile.enable(target, regional=regional, **OPTIONS) as enabled:
-        WAYS[way](pipe)
+        WAYS[way](small)
         runs = enabled.report().runs
         assert {run.source for run in runs} == {way}, {run.source for run in runs}
         calls = sorted((run.step, run.branch) for run in runs if "blocks.0" in run.site)
         assert [step for step, _ in calls] == [step for step in range(STEPS) for _ in range(BRANCHES)], calls
-        reads = reads_of(lambda: WAYS[way](pipe))
+        reads = reads_of(lambda: WAYS[way](small))
         seconds: dict[str, list[float]] = {"plan": [], "after": []}
         for _ in range(videos):
-            for name, values in seconds_by_method(lambda: WAYS[way](pipe)).items():
+            for name, values in seconds_by_method(lambda: WAYS[way](small)).items():
                 seconds[name] += values
     return {
         "told_by": way,

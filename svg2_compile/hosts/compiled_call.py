@@ -115,10 +115,9 @@ class CompiledCall:
         self._compiled = torch.compile(plain, **self._options)
         self._with_numbers = torch.compile(with_numbers, **self._options)
         self._once = once
-        forward = module.forward
         self._codes = (plain.__code__, with_numbers.__code__) if read_numbers else ()
         self._positions: dict[int | str, int] = {
-            name: i for i, name in enumerate(inspect.signature(forward).parameters)
+            name: i for i, name in enumerate(inspect.signature(module.forward).parameters)
         }
         self._wanted: frozenset[int | str] = frozenset()
         self._refused: frozenset[int | str] = frozenset()
@@ -129,15 +128,14 @@ class CompiledCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         look_through = self._look_through and not _is_hooked(self._module)
         with enabled_dynamo_settings(look_through) as lesson:
+            failed = False
             try:
                 result = self._run(args, kwargs)
             except torch._dynamo.exc.InternalTorchDynamoError:
-                if not lesson.looked_through:
+                failed = bool(lesson.looked_through)
+                if not failed:
                     raise
                 log.debug("what is disabled cannot be traced", exc_info=True)
-                failed = True
-            else:
-                failed = False
             new = set(lesson.looked_through) - self._checked
             self._say(lesson.breaks)
         if failed:

@@ -62,8 +62,8 @@ def enabled_dynamo_settings(look_through: bool = True) -> Iterator[Lesson]:
     """Dynamo's settings while an enabled model runs, as a context manager.
 
     Some models pick the valid text tokens by a mask (nonzero); without the first setting they fall into eager pieces
-    whose attention no compiler sees. Every call of enable or explain adds a cache entry to the forward of a class:
-    with the default limit of 8 a long-lived process would silently fall back to eager.
+    whose attention no compiler sees. Every call of enable or explain adds cache entries to what runs between graph
+    breaks: with the default limit of 8 a long-lived process would silently fall back to eager.
 
     Warnings and prints are made after the graph that they stand in, rather than between two halves of it.
 
@@ -107,10 +107,7 @@ def noted_breaks() -> Iterator[dict[str, str]]:
     found: dict[str, str] = {}
     undo: list[Callable[[], None]] = []
     try:
-        from torch._dynamo.symbolic_convert import InstructionTranslatorBase
-
-        method = InstructionTranslatorBase.__dict__["log_graph_break"]
-        _replace(InstructionTranslatorBase, "log_graph_break", noting_breaks(method, found), undo)
+        _note_breaks(found, undo)
     except (ImportError, KeyError) as error:
         log.debug("this version of Dynamo does not say where it breaks: %s", error)
     try:
@@ -135,8 +132,14 @@ def _begin(look_through: bool) -> None:
             log.debug("this version of Dynamo is left as it is: %s", error)
 
 
-def _teach(lesson: Lesson, look_through: bool) -> None:
+def _note_breaks(found: dict[str, str], undo: list[Callable[[], None]]) -> None:
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    method = InstructionTranslatorBase.__dict__["log_graph_break"]
+    _replace(InstructionTranslatorBase, "log_graph_break", noting_breaks(method, found), undo)
+
+
+def _teach(lesson: Lesson, look_through: bool) -> None:
     from torch._dynamo.variables.functions import SkipFunctionVariable
     from torch._dynamo.variables.tensor import TensorVariable
 
@@ -145,8 +148,7 @@ def _teach(lesson: Lesson, look_through: bool) -> None:
     for jump in jumps():
         jump.table[jump.place] = jump.knowing
     lesson.undo.append(_forget_jumps)
-    method = InstructionTranslatorBase.__dict__["log_graph_break"]
-    _replace(InstructionTranslatorBase, "log_graph_break", noting_breaks(method, lesson.breaks), lesson.undo)
+    _note_breaks(lesson.breaks, lesson.undo)
     if look_through:
         call = looking_through(SkipFunctionVariable.call_function, lesson.looked_through)
         _replace(SkipFunctionVariable, "call_function", call, lesson.undo)

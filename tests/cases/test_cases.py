@@ -91,13 +91,14 @@ def test_functions_under_compiler_disable(disabled: str, regional: bool) -> None
     assert reasons(sites_of(model, [(tokens(), TIME)], regional)) == {"sparse"}
 
 
-def test_a_disabled_function_that_tracing_changes_is_obeyed() -> None:
+def test_a_disabled_function_that_tracing_changes_is_obeyed(caplog: pytest.LogCaptureFixture) -> None:
     @torch.compiler.disable
     def differs(x: Tensor) -> Tensor:
         return x * (2.0 if torch.compiler.is_compiling() else 1.0)
 
     model = Model(differs).eval()
     sites_of(model, [(tokens(), TIME)] * 2)
+    assert "differs: traced" in caplog.text
 
 
 def test_a_statement_that_dynamo_does_not_know_is_named() -> None:
