@@ -244,15 +244,20 @@ def _arrive_as_they_are(query: Factor, key: Factor, call: AttentionCall, layouts
     """Whether queries, keys and values are three inputs of the graph of one length.
 
     A graph break left their projections to another graph. Text that a video attends to is not as long as the video, and
-    tokens that attend to equally many others are clustered as well as those that attend to themselves.
+    tokens that attend to equally many others are clustered as well as those that attend to themselves. What queries and
+    keys both take in, such as rotary embeddings, tells neither from the other.
     """
     value = layouts.segments(call.value, call.token_dim, call.sequences)
     tensors = (query, key, value or ())
-    if any(len(segments) != 1 or len(segments[0].sources) != 1 for segments in tensors):
+    if any(len(segments) != 1 for segments in tensors):
+        return False
+    common = query[0].sources & key[0].sources
+    own = [segments[0].sources - common for segments in tensors]
+    if any(len(sources) != 1 for sources in own):
         return False
     if any(is_projected(node) for node in (call.query, call.key, call.value)):
         return False
-    names = {next(iter(segments[0].sources)) for segments in tensors}
+    names = frozenset().union(*own)
     lengths = [segments[0].length for segments in tensors]
     if len(names) < 3 or not names <= layouts.inputs:
         return False

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from svg2_compile.hosts.dynamo import enabled_dynamo_settings
 from svg2_compile.hosts.host_reads import MOST_NUMBERS_OF_AN_ARGUMENT, Answerer, NumbersWanted, may_ask
+from svg2_compile.hosts.visible_attention import attend_alone
 from svg2_compile.logs.logger import Once, get_logger
 
 __all__ = ["CompiledCall", "OwnCode"]
@@ -63,6 +64,15 @@ class OwnCode:
             return module._call_impl(*positional, **{name: _as_tensor(arg) for name, arg in kwargs.items()})
 
         return self._own(call_with_numbers, module)
+
+    def attention_of(self, module: nn.Module) -> Callable[..., Any]:
+        """The attention of ``module``, where Dynamo sees nothing around it."""
+        attend = torch.nn.functional.scaled_dot_product_attention
+
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            return attend(*args, **kwargs)
+
+        return self._own(attention, module)
 
     def _own(self, function: Any, module: nn.Module) -> Callable[..., Any]:
         kind = type(module)
@@ -114,6 +124,7 @@ class CompiledCall:
         plain, with_numbers = code.call_of(module), code.call_with_numbers(module)
         self._compiled = torch.compile(plain, **self._options)
         self._with_numbers = torch.compile(with_numbers, **self._options)
+        self._attention = torch.compile(code.attention_of(module), backend=backend, dynamic=dynamic)
         self._once = once
         self._codes = (plain.__code__, with_numbers.__code__) if read_numbers else ()
         self._positions: dict[int | str, int] = {
@@ -164,6 +175,7 @@ class CompiledCall:
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         while True:
             token = may_ask.set(Answerer(self._codes, self._refused) if self._codes else None)
+            attention = attend_alone.set(self._attention)
             try:
                 if not self._wanted:
                     return self._compiled(*args, **kwargs)
@@ -174,6 +186,7 @@ class CompiledCall:
                     self._refused |= {wanted.place}
                 self._wanted |= {place}
             finally:
+                attend_alone.reset(attention)
                 may_ask.reset(token)
 
     def _converted(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
