@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from svg2_compile.hosts.dynamo import enabled_dynamo_settings
 from svg2_compile.hosts.host_reads import MOST_NUMBERS_OF_AN_ARGUMENT, Answerer, NumbersWanted, may_ask
+from svg2_compile.hosts.kept_state import kept_state
 from svg2_compile.hosts.visible_attention import attend_alone
 from svg2_compile.logs.logger import Once, get_logger
 
@@ -197,11 +198,14 @@ class CompiledCall:
         """Whether the model traced through its disabled functions, and run dense, gives what it gives as it stands."""
         with torch.random.fork_rng(), torch.no_grad():
             seed = torch.random.get_rng_state()
-            expected = tree_leaves(self._module._call_impl(*args, **kwargs))
+            with kept_state(self._module):
+                own_args, own_kwargs = _own_tensors((args, kwargs))
+                expected = tree_leaves(self._module._call_impl(*own_args, **own_kwargs))
             torch.random.set_rng_state(seed)
-            with enabled_dynamo_settings():
+            with kept_state(self._module), enabled_dynamo_settings():
                 traced = torch.compile(self._module._call_impl, backend="eager")
-                actual = tree_leaves(traced(*args, **kwargs))
+                own_args, own_kwargs = _own_tensors((args, kwargs))
+                actual = tree_leaves(traced(*own_args, **own_kwargs))
         pairs = zip(expected, actual, strict=True)
         return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
@@ -215,6 +219,11 @@ class CompiledCall:
         )
         torch._dynamo.reset()
         self._forget()
+
+
+def _own_tensors(arguments: Any) -> Any:
+    """Arguments that a model may write to."""
+    return tree_map_only(torch.Tensor, torch.clone, arguments)
 
 
 def _as_tensor(argument: Any) -> Any:
