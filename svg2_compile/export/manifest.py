@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ FORMAT = "svg2_compile program"
 Record = TypeVar("Record", SiteReport, GraphReport)
 
 # Raised when older readers would misread a file. Files of every older version are read.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Settings of the machine that transforms, which mean nothing where the file is loaded.
 _LOCAL_OPTIONS = {"dump_dir": None}
 
@@ -119,6 +119,7 @@ def _describe_spec(spec: StateSpec) -> dict[str, Any]:
             for slot in spec.slots
         ],
         "density_sites": list(spec.density_sites),
+        "has_budget": spec.has_budget,
         "num_inputs": spec.num_inputs,
         "num_outputs": spec.num_outputs,
         "device": str(spec.device),
@@ -132,6 +133,7 @@ def _read_spec(data: Mapping[str, Any]) -> StateSpec:
         num_inputs=data["num_inputs"],
         num_outputs=data["num_outputs"],
         device=torch.device(data["device"]),
+        has_budget=bool(data.get("has_budget", False)),  # unknown to version 1
     )
 
 
@@ -149,7 +151,9 @@ def _checked_spec(spec: StateSpec, sparse: ExportedProgram) -> StateSpec:
             )
         shape = tuple(extent if isinstance(extent, int) else extent.node.expr for extent in found)
         slots.append(StateSlot(slot.site_index, slot.role, slot.name, shape))
-    return StateSpec(tuple(slots), spec.density_sites, spec.num_inputs, spec.num_outputs, spec.device)
+    if spec.has_budget != ("svg2_budget" in values):
+        raise FileDamaged("file: its specification and its graph differ in whether the density is an input.")
+    return replace(spec, slots=tuple(slots))
 
 
 def _operators(graphs: Iterable[ExportedProgram]) -> dict[str, str]:

@@ -17,7 +17,8 @@ __all__ = ["CallRecord", "RunHistory", "qualified"]
 
 @dataclass
 class CallRecord:
-    """One call of a graph. Densities stay on their device until somebody reads them."""
+    """One call of a graph. Densities stay on their device until somebody reads them. asked: the density that was to be
+    met; None where a mass decides, and where dense."""
 
     sites: tuple[str, ...]
     standing: Standing | None
@@ -28,6 +29,7 @@ class CallRecord:
     seeded: bool
     densities: Mapping[str, torch.Tensor] = field(default_factory=dict)
     label: str = ""
+    asked: float | None = None
 
     def site_records(self) -> Iterator[SiteRecord]:
         for site in self.sites:
@@ -49,6 +51,7 @@ class CallRecord:
                 seeded=self.seeded,
                 density=density,
                 density_per_head=per_head,
+                density_asked=self.asked,
                 request=standing.request if standing else "",
                 branch=str(standing.branch) if standing else "",
                 source=standing.source if standing else "",

@@ -21,6 +21,7 @@ from svg2_compile.runtime.time_reader import TimeReader
 __all__ = ["DenoisingProgram"]
 
 _numbers = itertools.count()
+_MOST_SCALARS = 256
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
@@ -64,7 +65,7 @@ class DenoisingProgram:
         self.layers = LayerTable(session.layers, tuple(self._site_names.values()))
         # The sparse graph begins with the inputs of the dense one, and its state is spelled in its own symbols.
         self._binder = SymbolBinder((sparse or dense).gm)
-        self._flags: dict[bool, torch.Tensor] = {}
+        self._scalars: dict[tuple[torch.dtype, bool | float], torch.Tensor] = {}
         self._tokens: tuple[int, ...] | None = None
         self._failed = False
         session.programs.add(self)
@@ -112,15 +113,17 @@ class DenoisingProgram:
         seeded = carried is not None
         iters = config.step_iters if seeded else config.init_iters
         state = carried or tuple(torch.zeros(shape, dtype=torch.float32, device=spec.device) for shape in shapes)
+        asked = self.session.density(plan)
+        budget = (self._scalar(float(asked)),) if spec.has_budget and asked is not None else ()
         with running_plan(plan):
-            outputs = graph(*args, *state, self._flag(seeded), iters)
+            outputs = graph(*args, *state, self._scalar(seeded), iters, *budget)
         end = spec.num_outputs + len(spec.slots)
         if standing is not None and not standing.is_last:
             store.put(standing.video, plan.layer, key, self._keep(outputs[spec.num_outputs : end]))
         densities = {
             self._site_names[index]: density for index, density in zip(spec.density_sites, outputs[end:], strict=True)
         }
-        self._record(plan, iters, seeded, densities)
+        self._record(plan, iters, seeded, densities, asked)
         return outputs[: spec.num_outputs]
 
     def _token_shapes(self, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -138,15 +141,27 @@ class DenoisingProgram:
         overwritten = self.session.config.inductor_mode in _CUDA_GRAPH_MODES
         return [tensor.clone() if overwritten else tensor.detach() for tensor in centroids]
 
-    def _flag(self, seeded: bool) -> torch.Tensor:
+    def _scalar(self, value: bool | float) -> torch.Tensor:
+        """bool or float32 [] on the device, made without waiting for it."""
         assert self.spec is not None
-        if seeded not in self._flags:
-            # Not an inference tensor, so that one flag serves calls in and out of inference_mode.
+        dtype = torch.bool if isinstance(value, bool) else torch.float32
+        key = (dtype, value)  # True equals 1.0
+        if key not in self._scalars:
+            if len(self._scalars) >= _MOST_SCALARS:
+                self._scalars.clear()
+            # Not an inference tensor, so that one serves calls in and out of inference_mode.
             with torch.inference_mode(False):
-                self._flags[seeded] = torch.tensor(seeded, device=self.spec.device)
-        return self._flags[seeded]
+                self._scalars[key] = torch.full((), value, dtype=dtype, device=self.spec.device)
+        return self._scalars[key]
 
-    def _record(self, plan: CallPlan, iters: int, seeded: bool, densities: dict[str, torch.Tensor]) -> None:
+    def _record(
+        self,
+        plan: CallPlan,
+        iters: int,
+        seeded: bool,
+        densities: dict[str, torch.Tensor],
+        asked: float | None = None,
+    ) -> None:
         self.session.history.append(
             CallRecord(
                 sites=tuple(self._site_names.values()),
@@ -157,6 +172,7 @@ class DenoisingProgram:
                 iters=iters,
                 seeded=seeded,
                 densities=densities,
+                asked=asked,
                 label=plan.layer.label,
             )
         )
