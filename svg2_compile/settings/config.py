@@ -44,6 +44,12 @@ class Svg2Config:
             compensation="first_order" and 0.25 with "centroid", unless top_p is given, and None without compensation.
             With budget="layer" also a schedule over the sparse steps: "0.3..0.05" from the first to the last with even
             differences, or a list, "0.4, 0.2, 0.1", step by step, of which the last stays.
+        target_error: relative output error of an attention, ||out - dense|| / ||dense||, that its density follows. It
+            is measured on a few exact rows of every head, and the density of the layer's next step is higher or lower
+            for it, between 0.02 and 0.5, without a host read. The density that is given (0.10 by default) is that of
+            the first sparse step. Where 0.5 is too little for several steps, the layer is computed exactly, which is
+            said. Needs budget="layer". (0, 1), or None.
+        measure_error: measure that error without following it; the report shows it by layer and step.
         min_k_ratio: fraction of the key clusters that is selected at the least. [0, 1].
         num_q_clusters, num_k_clusters: clusters per head; None derives them from the number of video tokens.
         init_iters: k-means iterations where an attention has no centroids yet (once per video, guidance branch and
@@ -79,6 +85,8 @@ class Svg2Config:
     preset: str | None = None
     top_p: float | None = None
     density: float | str | None = "auto"
+    target_error: float | None = None
+    measure_error: bool = False
     min_k_ratio: float = 0.1
     num_q_clusters: int | None = None
     num_k_clusters: int | None = None
@@ -125,6 +133,8 @@ class Svg2Config:
                 f"density={self.density!r} changes from step to step, but budget='row' has one density for all steps. "
                 "Valid: budget='layer' with it (the default of compensation='first_order'), or one number."
             )
+        if self.target_error is not None:
+            self._check_target()
         if self.inner_backend == "svg2":
             raise ConfigError("inner_backend='svg2' is not valid: it names this compiler itself. Valid: 'inductor' ...")
         if self.inductor_mode is not None:
@@ -140,6 +150,18 @@ class Svg2Config:
             raise ConfigError(
                 "budget='layer' divides a density among the heads of a layer, but top_p decides how much is selected. "
                 "Valid: a density with it, or budget='row'."
+            )
+
+    def _check_target(self) -> None:
+        if self.budget != "layer":
+            raise ConfigError(
+                f"target_error={self.target_error} moves the density that the heads of a layer share, but "
+                "budget='row'. Valid: budget='layer' with it, the default of compensation='first_order' without top_p."
+            )
+        if self.density_schedule() is not None:
+            raise ConfigError(
+                f"target_error={self.target_error} and density={self.density!r}: each says what the density of a step "
+                "is. Valid: one of them; a single number is the density that the first sparse step begins with."
             )
 
     def _check_inductor_mode(self, mode: str) -> None:

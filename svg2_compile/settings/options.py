@@ -85,6 +85,8 @@ SPECS: Mapping[str, Spec] = {
     "preset": Spec(("str",), optional=True),
     "top_p": Spec(("float",), optional=True),
     "density": Spec(("float", "str", "schedule"), excluded=(0.0,), choices=("auto",), optional=True),
+    "target_error": Spec(("float",), excluded=(0.0, 1.0), optional=True),
+    "measure_error": Spec(("bool",)),
     "min_k_ratio": Spec(("float",)),
     "num_q_clusters": Spec(("int",), int_min=1, optional=True),
     "num_k_clusters": Spec(("int",), int_min=1, optional=True),

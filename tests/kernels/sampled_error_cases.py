@@ -25,15 +25,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def arguments(rows: int = 8, noise: float = 0.03, **shape: Any) -> tuple[Any, ...]:
-    """A result that is off by ``noise`` for every clustered row, with its tokens in another order than the clusters'."""
+    """A result that is off by ``noise`` in every clustered row; tokens are in another order than the clusters'."""
     problem = make_problem(**shape)
     generator = torch.Generator().manual_seed(1)
-    keys = problem.key[:, :, :0]  # of the blocks that are attended to: all but the last
     out = torch.zeros(*problem.query.shape[:3], problem.value.shape[3])
     sharing = problem.query.shape[1] // max(problem.key.shape[1], 1)
     for b in range(out.shape[0]):
         for h in range(out.shape[1]):
-            end = int(problem.k_offsets[b, h // sharing, -2])
+            end = int(problem.k_offsets[b, h // sharing, -2])  # all blocks but the null block
             keys, values = (x[b, h // sharing, :end].float() for x in (problem.key, problem.value))
             scores = problem.scale * (problem.query[b, h].float() @ keys.T)
             exact = torch.softmax(scores, dim=-1) @ values
@@ -46,7 +45,7 @@ def arguments(rows: int = 8, noise: float = 0.03, **shape: Any) -> tuple[Any, ..
 
 
 def oracle(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    doubled = (a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    doubled: list[Any] = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
     return reference.sampled_error(*doubled, compute_dtype=torch.float64)
 
 
