@@ -202,7 +202,7 @@ def _sparsify(c: Compilation) -> None:
 
 def _hoist_centroids(c: Compilation) -> None:
     if c.sparse_sites:
-        c.spec = hoist_centroids(c.gm, c.sparse_sites)
+        c.spec = hoist_centroids(c.gm, c.sparse_sites, budget_input=True)
 
 
 # A transformer block of an audio-video model has up to six: self, text and cross-modal attention of both streams.

@@ -23,7 +23,7 @@ ROOMS = {
     "kernels": "",
     "kernels.tuning": "",
     "kernels.reference": "",
-    "kernels.cpu": "kernels.tuning",
+    "kernels.cpu": "kernels kernels.tuning",
     "kernels.triton": "kernels kernels.tuning",
     "kernels.autotune": "kernels kernels.triton kernels.tuning",
     "passes.graph": "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from svg2_compile.export.errors import ExportError, FileDamaged
 from svg2_compile.export.transformed import TimeSource, TransformedProgram
 from svg2_compile.export.worths import describe_worths, read_worths
-from svg2_compile.passes.hoist_centroids import StateSlot, StateSpec
+from svg2_compile.passes.hoist_centroids import BUDGET, StateSlot, StateSpec
 from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.settings.config import ConfigError, Svg2Config, package_version
@@ -25,7 +25,7 @@ FORMAT = "svg2_compile program"
 Record = TypeVar("Record", SiteReport, GraphReport)
 
 # Raised when older readers would misread a file. Files of every older version are read.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Settings of the machine that transforms, which mean nothing where the file is loaded.
 _LOCAL_OPTIONS = {"dump_dir": None}
 
@@ -133,6 +133,8 @@ def _describe_spec(spec: StateSpec) -> dict[str, Any]:
             for slot in spec.slots
         ],
         "density_sites": list(spec.density_sites),
+        "has_budget": spec.has_budget,
+        "error_sites": list(spec.error_sites),
         "num_inputs": spec.num_inputs,
         "num_outputs": spec.num_outputs,
         "device": str(spec.device),
@@ -141,12 +143,20 @@ def _describe_spec(spec: StateSpec) -> dict[str, Any]:
 
 def _read_spec(data: Mapping[str, Any]) -> StateSpec:
     return StateSpec(
-        slots=tuple(StateSlot(s["site_index"], s["role"], s["name"], tuple(s["shape"])) for s in data["slots"]),
+        slots=tuple(_read_slot(slot) for slot in data["slots"]),
         density_sites=tuple(data["density_sites"]),
         num_inputs=data["num_inputs"],
         num_outputs=data["num_outputs"],
         device=torch.device(data["device"]),
+        # Unknown to version 1.
+        has_budget=bool(data.get("has_budget", False)),
+        error_sites=tuple(data.get("error_sites", ())),
     )
+
+
+def _read_slot(data: Mapping[str, Any]) -> StateSlot:
+    start = float(data.get("start", 0.0))
+    return StateSlot(data["site_index"], data["role"], data["name"], tuple(data["shape"]), start)
 
 
 def _checked_spec(spec: StateSpec, sparse: ExportedProgram) -> StateSpec:
@@ -162,8 +172,10 @@ def _checked_spec(spec: StateSpec, sparse: ExportedProgram) -> StateSpec:
                 "specification says."
             )
         shape = tuple(extent if isinstance(extent, int) else extent.node.expr for extent in found)
-        slots.append(StateSlot(slot.site_index, slot.role, slot.name, shape))
-    return StateSpec(tuple(slots), spec.density_sites, spec.num_inputs, spec.num_outputs, spec.device)
+        slots.append(replace(slot, shape=shape))
+    if spec.has_budget != (BUDGET in values):
+        raise FileDamaged("file: its specification and its graph differ in whether the density is an input.")
+    return replace(spec, slots=tuple(slots))
 
 
 def _operators(graphs: Iterable[ExportedProgram]) -> dict[str, str]:

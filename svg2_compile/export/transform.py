@@ -194,7 +194,7 @@ def _rewritten(dense: ExportedProgram, gm: fx.GraphModule, spec: StateSpec) -> E
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(str(node)), None) for node in outputs[spec.num_outputs :]
     ]
     signature = ExportGraphSignature([*old.input_specs, *new_inputs], [*old.output_specs, *new_outputs])
-    iters = placeholders[-1].meta["val"]
+    (iters,) = (node.meta["val"] for node in placeholders if node.name == "svg2_iters")
     ranges = dict(dense.range_constraints)
     if isinstance(iters, torch.SymInt):
         ranges[iters.node.expr] = ValueRanges(1, int_oo)

@@ -25,7 +25,7 @@ from svg2_compile.settings.options import canonical_names
 
 __all__ = ["TimeSource", "TransformedProgram"]
 
-# What is decided at run time. Everything else is part of the graphs.
+# What is decided at run time, and the density where it is an input of the graph. Everything else is part of the graphs.
 RUN_TIME_OPTIONS = (
     *("init_iters", "step_iters", "dense_steps", "dense_last_steps", "dense_timesteps"),
     *("inner_backend", "inductor_mode", "strict", "store_limit_mb"),
@@ -51,7 +51,8 @@ class TransformedProgram:
 
     Attributes:
         dense: the exported program as it was given (regions of no_grad or autocast around attention are dissolved).
-        sparse: the rewritten program: flat inputs, then centroids, ``seeded`` and ``iters``; flat outputs, then new
+        sparse: the rewritten program: flat inputs, then centroids, ``seeded``, ``iters`` and, where heads share
+            a budget, the density; flat outputs, then new
             centroids and densities. None if no attention became sparse.
         spec: how ``sparse`` is called, weights not counted; None with ``sparse``.
         config: the settings used.
@@ -89,6 +90,12 @@ class TransformedProgram:
         # A block exported alone does not know which layer of a model it is.
         self.session = Session(config.replace(dense_layers=0) if graph_report.regional else config)
         self._program: DenoisingProgram | None = None
+
+    @property
+    def run_time_options(self) -> tuple[str, ...]:
+        """The options that :meth:`with_options` may change."""
+        has_budget = self.spec is not None and self.spec.has_budget
+        return (*RUN_TIME_OPTIONS, "density") if has_budget else RUN_TIME_OPTIONS
 
     @property
     def sparse_sites(self) -> list[SiteReport]:
@@ -142,14 +149,21 @@ class TransformedProgram:
         Raises:
             ConfigError: an option is unknown, out of range, or part of the graphs.
         """
+        valid = self.run_time_options
         for name, (given, _) in canonical_names(options).items():
-            if name not in RUN_TIME_OPTIONS:
+            if name not in valid:
                 raise ConfigError(
-                    f"{given}: is part of the graphs of a transformed program. Valid here: "
-                    f"{', '.join(RUN_TIME_OPTIONS)}; for others transform again."
+                    f"{given}: is part of the graphs of a transformed program. Valid here: {', '.join(valid)}; for "
+                    "others transform again."
                 )
+        config = self.config.replace(**options)
+        if "density" in options and config.selection()[1] is None:
+            raise ConfigError(
+                f"density={options['density']!r}: a mass would decide, which is part of the graphs of a transformed "
+                "program. Valid here: a fraction in (0, 1], or a schedule."
+            )
         changed = TransformedProgram(
-            *(self.name, self.dense, self.sparse, self.spec, self.config.replace(**options), self.sites, self.time),
+            *(self.name, self.dense, self.sparse, self.spec, config, self.sites, self.time),
             *(self.graph_report, self.signature.conditions, self.worths),
         )
         if "inner_backend" not in options:

@@ -19,6 +19,7 @@ from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.centroid_store import CentroidStore
 from svg2_compile.runtime.dense_rules import DenseLayers, dense_step_reason
+from svg2_compile.runtime.densities import density_of_step
 from svg2_compile.runtime.history import RunHistory
 from svg2_compile.runtime.layers import Layer, Layers, LayerTable, ParameterPaths
 from svg2_compile.runtime.model_call import ModelCall, current_call, current_part
@@ -157,6 +158,11 @@ class Session:
         if reason is None and program.regional and self.dense_layers(call).of_layer(layer, layer.label):
             reason = "dense_layers"
         return CallPlan(layer, standing, request, reason is None, reason or "sparse")
+
+    def density(self, plan: CallPlan) -> float | None:
+        """The density that a call is to have; None where a mass decides."""
+        first = None if plan.request is None else plan.request.first_sparse_step
+        return density_of_step(self.config, plan.standing, first, self.once)
 
     def after_model_call(self, call: ModelCall) -> None:
         """A call of the whole model has returned."""

@@ -123,7 +123,7 @@ def test_the_file_tells_what_it_is(saved):
     with zipfile.ZipFile(saved) as file:
         manifest = json.loads(file.read(MANIFEST))
         names = file.namelist()
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["config"]["top_p"] == SELECTION["top_p"] and manifest["config"]["dump_dir"] is None
     assert [site["decision"] for site in manifest["sites"]] == ["sparse"]
@@ -171,7 +171,7 @@ def test_run_time_options(saved):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m: m.update(format_version=2), ExportError, r"format version 2, written by .* Valid: up to 1"),
+        (lambda m: m.update(format_version=3), ExportError, r"format version 3, written by .* Valid: up to 2"),
         (lambda m: m["versions"].update(torch="99.1.0"), ExportError, "saved with PyTorch 99.1.0"),
         (lambda m: m["operators"].update({"svg2.gone.default": "x"}), ExportError, "svg2.gone.default is not in"),
         (lambda m: m["operators"].update({"lib.op.default": "x"}), ExportError, "the library that registers lib"),

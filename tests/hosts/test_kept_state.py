@@ -15,6 +15,8 @@ HEADS, DIM = 2, 32
 
 
 class Part(nn.Module):
+    seen: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(3))
