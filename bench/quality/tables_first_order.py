@@ -21,11 +21,14 @@ SHOWN = {
 }
 PARTS = ("P", "A + B", "A + B + J", "P + A", "P + A + B", "P + J")
 STEPS, DENSE_LAYERS = 20, 0.03
+SCHEDULES = ((20, DENSE_LAYERS, 0), (20, 0.0, 0), (20, DENSE_LAYERS, 1), (8, DENSE_LAYERS, 0), (4, DENSE_LAYERS, 0))
+"""Steps, dense layers, dense last steps."""
 BASE = "centroid, row"
 
 
 def _found(document: Mapping[str, Any], **wanted: Any) -> Mapping[str, Any] | None:
     """The row of the results with these values; None if it was not measured."""
+    wanted = {"dense_last_steps": 0, **wanted}
     rows = (row for row in document["results"] if all(row[key] == value for key, value in wanted.items()))
     return next(rows, None)
 
@@ -80,14 +83,15 @@ def parts_table(document: Mapping[str, Any]) -> str:
 
 
 def schedules_table(document: Mapping[str, Any]) -> str:
-    """Short schedules, and no dense layer."""
+    """Short schedules, no dense layer, a dense last step."""
     rows = []
-    for steps, dense_layers in ((20, DENSE_LAYERS), (20, 0.0), (8, DENSE_LAYERS), (4, DENSE_LAYERS)):
-        point = {"steps": steps, "dense_layers": dense_layers}
+    for steps, dense_layers, last in SCHEDULES:
+        point = {"steps": steps, "dense_layers": dense_layers, "dense_last_steps": last}
         now = _found(document, method=FIRST, requested_density=0.10, **point)
         before = _found(document, method=BEFORE, requested_density=0.25, **point)
         flicker = "not measured" if now is None else f"{now['flicker_mean']:.4f}"
-        rows.append([f"{steps} steps", f"{dense_layers:.0%}", _psnr(now), flicker, _psnr(before)])
+        schedule = f"{steps} steps" + (", the last one dense" if last else "")
+        rows.append([schedule, f"{dense_layers:.0%}", _psnr(now), flicker, _psnr(before)])
     header = ["schedule", "dense layers", "the default at 10 %", "its flicker", "the default before at 25 %"]
     return markdown(header, rows)
 

@@ -16,7 +16,7 @@ from bench.quality.clusters import cluster
 from bench.quality.first_order import BEFORE, FirstOrderAttention, attention_of, errors
 from bench.quality.parts import Parts
 from bench.shape import default_shape
-from tests.bench.quality.made_up import FIRST, made_up_campaign, made_up_layers
+from tests.bench.quality.made_up import FIRST, made_up_campaign, made_up_layers, row
 
 
 def small() -> FirstOrderAttention:
@@ -65,13 +65,23 @@ def test_the_campaign_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(campaign, "load_model", lambda: None)
     monkeypatch.setattr(campaign, "dense_video", lambda *_: None)
     monkeypatch.setattr(campaign, "planned", lambda prompts: planned[:4])
-    keys = ("method", "requested_density", "prompt", "steps", "dense_layers")
+    keys = ("method", "requested_density", "prompt", *campaign.POINT[2:])
     monkeypatch.setattr(campaign, "measure", lambda model, item, dense: dict(zip(keys, item.key, strict=True)))
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(dict(zip(keys, planned[1].key, strict=True))) + "\n")
     campaign.run(path, [0, 1])
     assert {tuple(row[key] for key in keys) for row in campaign.read_rows(path)} == {item.key for item in planned[:4]}
     assert len(campaign.read_rows(path)) == 4
+
+
+def test_points_that_an_earlier_campaign_has_more_prompts_of_stay() -> None:
+    before = campaign.summary([row(FIRST, 0.10, prompt, 20) for prompt in (0, 1)] + [row(FIRST, 0.25, 0, 20)])
+    for point in before:
+        del point["dense_last_steps"]  # as it was written before there was such a thing
+    now = campaign.summary([row(FIRST, 0.10, 2, 20), row(FIRST, 0.25, 1, 20), row(FIRST, 0.05, 1, 20)])
+    found = campaign.merged(now, before)
+    assert {point["requested_density"]: point["prompts"] for point in found} == {0.10: [0, 1], 0.25: [1], 0.05: [1]}
+    assert [point["dense_last_steps"] for point in found] == [0, 0, 0]
 
 
 def test_tables_say_how_many_prompts_were_measured() -> None:
