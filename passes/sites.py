@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svg2_compile.passes.attention.call import AttentionCall
 from svg2_compile.passes.attention.masks import KeyPadding
+
+if TYPE_CHECKING:
+    from svg2_compile.passes.worth import Worth
 
 __all__ = ["Site", "SitePolicy", "Skip", "StaysDense", "dense_layer_count", "dense_layer_detail"]
 
@@ -37,6 +40,8 @@ class Site:
 
     video_parts: start and length of every piece of the video on the token axis. Several are brought together at its
     start before they are clustered (canonical.py): video_start is 0 then, and video_tokens counts all of them.
+    worth: asked at run time whether the sizes of a call are worth it; None where every size that may come is.
+    too_short: why the sizes that were traced are not.
     """
 
     index: int
@@ -55,6 +60,8 @@ class Site:
     predicted_speedup: float | None
     expected_density: float | None = None
     video_parts: tuple[tuple[Any, Any], ...] = ()
+    worth: Worth | None = None
+    too_short: StaysDense | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from torch.export import ExportedProgram
 
 from svg2_compile.export.errors import ExportError, FileDamaged
 from svg2_compile.export.transformed import TimeSource, TransformedProgram
+from svg2_compile.export.worths import describe_worths, read_worths
 from svg2_compile.passes.hoist_centroids import BUDGET, StateSlot, StateSpec
+from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.settings.config import ConfigError, Svg2Config, package_version
 
@@ -45,6 +47,7 @@ def describe_program(program: TransformedProgram) -> dict[str, Any]:
         "graph_report": asdict(program.graph_report),
         "time": asdict(program.time),
         "state": None if program.spec is None else _describe_spec(program.spec),
+        "worths": describe_worths(program.worths),
         "conditions": program.signature.conditions,
         "operators": _operators(graphs),
     }
@@ -84,7 +87,18 @@ def read_facts(manifest: Mapping[str, Any], sparse: ExportedProgram | None) -> d
     spec = facts["spec"]
     if (spec is None) != (sparse is None):
         raise FileDamaged("file: it has a state specification without a sparse graph, or the reverse.")
-    return {**facts, "spec": None if sparse is None else _checked_spec(spec, sparse)}
+    if sparse is None:
+        return facts
+    return {**facts, "spec": _checked_spec(spec, sparse), "worths": _read_worths(manifest, facts["config"], sparse)}
+
+
+def _read_worths(manifest: Mapping[str, Any], config: Svg2Config, sparse: ExportedProgram) -> tuple[Worth, ...]:
+    try:
+        device = torch.device(manifest["state"]["device"])
+        # Older files ask nothing: their sizes were judged when they were written.
+        return read_worths(manifest.get("worths", ()), config.min_tokens, device, sparse)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise FileDamaged(f"file: its manifest is incomplete: {type(error).__name__}: {error}") from error
 
 
 def read_facts_of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:

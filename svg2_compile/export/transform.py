@@ -80,6 +80,7 @@ def transform(exported_program: ExportedProgram, **options: Any) -> TransformedP
     transformed = TransformedProgram(
         *(c.name, dense, sparse, c.spec, config, sites, TimeSource("none", ())),
         graph_report=c.graph_report(),
+        worths=c.worths,
     )
     names = {leaf.node: leaf.name for leaf in transformed.signature.leaves}
     transformed.time = TimeSource(c.time_kind, tuple(names[found.name] for found in c.time_inputs))

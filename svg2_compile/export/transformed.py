@@ -14,6 +14,7 @@ from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.export.graphs import ExportedGraph
 from svg2_compile.export.signature import CallSignature
 from svg2_compile.passes.hoist_centroids import StateSpec
+from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.program import DenoisingProgram
@@ -56,6 +57,7 @@ class TransformedProgram:
         spec: how ``sparse`` is called, weights not counted; None with ``sparse``.
         config: the settings used.
         sites: every attention with its decision.
+        worths: what is asked about the sizes of every call, where they are dynamic.
         signature: how the program is called.
         make_graph: what turns a program into the graph that is run; set before the first call.
     """
@@ -71,6 +73,7 @@ class TransformedProgram:
         time: TimeSource,
         graph_report: GraphReport,
         conditions: Sequence[str] | None = None,
+        worths: Sequence[Worth] = (),
     ) -> None:
         self.name = name
         self.dense = dense
@@ -79,6 +82,7 @@ class TransformedProgram:
         self.sites = tuple(sites)
         self.time = time
         self.graph_report = graph_report
+        self.worths = tuple(worths)
         self.signature = CallSignature(dense, conditions)
         self.spec = None if spec is None else self._flat_spec(spec)
         self.make_graph: MakeGraph = ExportedGraph.of
@@ -126,6 +130,7 @@ class TransformedProgram:
             time_reader=TimeReader(self.time.kind, positions),
             sites=self.sites,
             graph_report=self.graph_report,
+            worths=self.worths,
         )
 
     def report(self) -> Report:
@@ -159,7 +164,7 @@ class TransformedProgram:
             )
         changed = TransformedProgram(
             *(self.name, self.dense, self.sparse, self.spec, config, self.sites, self.time),
-            *(self.graph_report, self.signature.conditions),
+            *(self.graph_report, self.signature.conditions, self.worths),
         )
         if "inner_backend" not in options:
             changed.make_graph = self.make_graph

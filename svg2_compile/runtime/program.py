@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 
 from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.codegen.symbols import SymbolBinder
+from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.hoist_centroids import StateSpec
+from svg2_compile.passes.sites import StaysDense
+from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.runtime.budgets import late_copy, which_are_given_up
 from svg2_compile.runtime.history import CallRecord, Measured, qualified
@@ -20,6 +24,8 @@ from svg2_compile.runtime.session import CallPlan, Session, running_plan
 from svg2_compile.runtime.time_reader import TimeReader
 
 __all__ = ["DenoisingProgram"]
+
+log = get_logger()
 
 _numbers = itertools.count()
 _MOST_SCALARS = 256
@@ -39,6 +45,7 @@ class DenoisingProgram:
         sites: every attention of the graph with its decision.
         graph_report: facts about the graph; a regional one serves one layer among many, so that dense_layers is
             decided at each call.
+        worths: what is asked at every new size; all must agree for the sparse graph to run.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class DenoisingProgram:
         time_reader: TimeReader,
         sites: Sequence[SiteReport],
         graph_report: GraphReport,
+        worths: Sequence[Worth] = (),
     ) -> None:
         self.number = next(_numbers)
         self.name = name
@@ -66,6 +74,9 @@ class DenoisingProgram:
         self.layers = LayerTable(session.layers, tuple(self._site_names.values()))
         # The sparse graph begins with the inputs of the dense one, and its state is spelled in its own symbols.
         self._binder = SymbolBinder((sparse or dense).gm)
+        self._worths = tuple(worths)
+        self._asked = sorted(frozenset().union(*(worth.symbols for worth in worths)), key=str)
+        self._too_short: dict[tuple[int, ...], str | None] = {}
         self._scalars: dict[tuple[torch.dtype, bool | float], torch.Tensor] = {}
         self._tokens: tuple[int, ...] | None = None
         self._failed = False
@@ -97,6 +108,24 @@ class DenoisingProgram:
             self.session.fail(plan)
             raise
         return self._run_dense(plan, args)
+
+    def too_short(self, args: Sequence[Any]) -> str | None:
+        """The reason why the attentions stay dense at the sizes of these inputs; None if they are worth it."""
+        if not self._worths:
+            return None
+        numbers = tuple(self._binder.read(symbol, args) for symbol in self._asked)
+        if numbers not in self._too_short:
+            self._too_short[numbers] = self._ask(dict(zip(self._asked, numbers, strict=True)))
+        return self._too_short[numbers]
+
+    def _ask(self, sizes: Mapping[sympy.Symbol, int]) -> str | None:
+        try:
+            for worth in self._worths:
+                worth.gain(sizes)
+        except StaysDense as dense:
+            log.info("%s stays dense at these sizes (%s): %s", self.name, dense.reason, dense.detail)
+            return dense.reason
+        return None
 
     def _run_dense(self, plan: CallPlan, args: Sequence[Any]) -> Any:
         if self._failed:

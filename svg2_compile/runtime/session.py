@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -66,6 +66,9 @@ class Program(Protocol):
 
     def site_reports(self) -> list[SiteReport]:
         """Every attention of the program's graph."""
+
+    def too_short(self, args: Sequence[Any]) -> str | None:
+        """Why its attentions stay dense at the sizes of these inputs, if they do."""
 
 
 class Session:
@@ -129,6 +132,9 @@ class Session:
             layer = program.layers.find(args, current_part(self), call, self._paths_of(call))
             located = self._locate(program, args, layer, call)
             plan = self._decide(program, layer, located, call)
+            short = program.too_short(args) if plan.sparse else None
+            if short is not None:
+                plan = replace(plan, sparse=False, reason=short)
             if plan.request is not None:
                 plan.request.note(plan.sparse, plan.reason)
             self.watch.ran(call, has_attention=True)

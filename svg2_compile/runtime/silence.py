@@ -127,9 +127,9 @@ class SilenceWatch:
     def _say_no_attention_ran(self, model: str) -> None:
         self._say(
             "no attention",
-            f"no attention of {model} ran in a compiled graph: all stay dense. A hook that Dynamo may not look into "
-            "(MagCache, group offloading by leaves, sequential offloading) keeps them from the compiler; "
-            "svg2_compile.explain(...) shows the graph breaks.",
+            f"no attention of {model} ran in a compiled graph: all stay dense. In code that Dynamo gave up on, or may "
+            "not look into, only scaled_dot_product_attention is found; svg2_compile.explain(...) shows the graph "
+            "breaks.",
         )
 
     def _say_dense_video(self, reasons: Counter[str], programs: Iterable[Any]) -> None:

@@ -17,7 +17,7 @@ from svg2_compile import ExportError, FileDamaged
 from svg2_compile.export import archive
 from svg2_compile.export.archive import MANIFEST
 from svg2_compile.settings.config import ConfigError
-from tests.export.programs import block, block_inputs, exported, exported_block, runs_of
+from tests.export.programs import block, block_inputs, changed_manifest, exported, exported_block, runs_of
 from tests.support import SELECTION, at_timestep, first_output
 from tests.zoo.models import build
 
@@ -168,19 +168,6 @@ def test_run_time_options(saved):
         svg2_compile.load(saved, dense_step=1)
 
 
-def _changed(path: Path, target: Path, change) -> Path:
-    """A copy of a file with its manifest changed."""
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as copy:
-        for name in source.namelist():
-            data = source.read(name)
-            if name == MANIFEST:
-                manifest = json.loads(data)
-                change(manifest)
-                data = json.dumps(manifest).encode()
-            copy.writestr(name, data)
-    return target
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -205,7 +192,7 @@ def _changed(path: Path, target: Path, change) -> Path:
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused(saved, tmp_path, change, error, message):
-    changed = _changed(saved, tmp_path / "changed.pt2", change)
+    changed = changed_manifest(saved, tmp_path / "changed.pt2", change)
     with pytest.raises(error, match=message):
         svg2_compile.load(changed)
 
