@@ -47,7 +47,7 @@ class Sample:
     """One sparse video: method, density, prompt's number, how many steps, and which layers and steps are dense."""
 
     method: str
-    density: float
+    density: float | str  # or a schedule
     prompt: int
     steps: int = STEPS
     dense_layers: float = 0.03
@@ -66,7 +66,7 @@ class Sample:
 def planned(prompts: Sequence[int]) -> Iterator[Sample]:
     """All samples, in an order in which every prefix already says something."""
 
-    def of(points: Sequence[tuple[str, float]], **setting: Any) -> Iterator[Sample]:
+    def of(points: Sequence[tuple[str, float | str]], **setting: Any) -> Iterator[Sample]:
         for prompt in prompts:
             for method, density in points:
                 yield Sample(method, density, prompt, **setting)
@@ -78,6 +78,7 @@ def planned(prompts: Sequence[int]) -> Iterator[Sample]:
         yield from of([(FIRST, 0.10), (BEFORE, 0.25)], steps=steps)
     yield from of([(FIRST, 0.10)], dense_layers=0.0)
     yield from of([(FIRST, 0.10)], dense_last_steps=1)
+    yield from of([(FIRST, "0.15..0.05"), (FIRST, "0.05..0.15")])
     yield from of([(method.name, 0.10) for method in PARTS])
     yield from of([(method, 0.25) for method in OTHERS])
     yield from of([(BEFORE, 0.15), (BEFORE, 0.05)])
@@ -94,7 +95,8 @@ def measure(model: nn.Module, item: Sample, dense: Tensor) -> dict[str, Any]:
     """Sample one video and compare it with the dense one."""
     began = time.perf_counter()
     job = (PROMPTS[item.prompt], FIRST_SEED + item.prompt)
-    (done,) = sample_sparse(model, [job], item.setting, ALL[item.method], {"density": item.density})
+    selection: dict[str, Any] = {"density": item.density}
+    (done,) = sample_sparse(model, [job], item.setting, ALL[item.method], selection)
     return {
         "method": item.method,
         "requested_density": item.density,
