@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from svg2_compile.kernels.cpu.native.build import native
+
 
 class Implementation(NamedTuple):
     """One implementation of all ops: a module with a function per op, the device types that it serves, and the widest
@@ -29,6 +31,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLEMENTATIONS = {
     "reference": Implementation("svg2_compile.kernels.reference.implementation", ("cpu", "cuda")),
     "cpu": Implementation("svg2_compile.kernels.cpu.implementation", ("cpu",)),
+    "native": Implementation("svg2_compile.kernels.cpu.native.implementation", ("cpu",)),
     "triton": Implementation(
         "svg2_compile.kernels.triton.implementation",
         ("cpu", "cuda") if _INTERPRETED else ("cuda",),
@@ -36,11 +39,12 @@ IMPLEMENTATIONS = {
     ),
 }
 
-# What runs when nobody asks for anything, by device type. A device without an entry is an error, not a fallback.
+# What runs when nobody asks for anything, by device type. A device without an entry is an error, not a fallback; "native"
+# is "cpu" where there is no compiler, which is said once.
 # A CUDA build of torch brings Triton along on Linux; where there is none the readable reference runs, and the cost
 # model knows it.
 DEFAULT_IMPLEMENTATION = {
-    "cpu": "cpu",
+    "cpu": "native",
     "cuda": "triton" if _HAS_TRITON else "reference",
 }
 
@@ -73,12 +77,15 @@ def implementation_for(device: torch.device) -> str:
                 f"implementation {requested!r} was requested for tensors on {device.type}; "
                 f"valid for it: {', '.join(served)}"
             )
+        if requested == "native" and native().library is None:
+            raise ValueError(f"implementation 'native' was requested, but there is no native code: {native().detail}")
         return requested
     if device.type not in DEFAULT_IMPLEMENTATION:
         raise ValueError(
             f"svg2 ops have no implementation for device {device.type!r}; valid: {', '.join(DEFAULT_IMPLEMENTATION)}"
         )
-    return DEFAULT_IMPLEMENTATION[device.type]
+    chosen = DEFAULT_IMPLEMENTATION[device.type]
+    return "cpu" if chosen == "native" and native().library is None else chosen
 
 
 def run_implementation(op: str, device: torch.device, *args: Any) -> Any:

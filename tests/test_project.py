@@ -20,10 +20,11 @@ PACKAGES = {"kernels": "svg2_compile.kernels", "passes": "svg2_compile.passes", 
 
 # The map of the house: every room, and the rooms that its files may import, also inside functions. From the ground up.
 ROOMS = {
-    "kernels": "",
+    "kernels": "kernels.cpu.native",
     "kernels.tuning": "",
     "kernels.reference": "",
     "kernels.cpu": "kernels.tuning",
+    "kernels.cpu.native": "kernels.cpu",
     "kernels.triton": "kernels kernels.tuning",
     "kernels.autotune": "kernels kernels.triton kernels.tuning",
     "passes.graph": "",

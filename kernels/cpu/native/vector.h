@@ -1,0 +1,76 @@
+// Vectors of floats, as wide as the machine has them: GCC's and Clang's vector types, so that one source is AVX2, AVX-512
+// and NEON. What these types have no operator for (maximum, exponential) is here, and nothing else is written per machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace svg2 {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(LANES * sizeof(float))));
+
+#define SVG2_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define SVG2_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SVG2_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+SVG2_INLINE Vec load(const float* from) {
+    Vec v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+SVG2_INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+SVG2_INLINE Vec broadcast(float x) { return x - Vec{}; }  // x - 0 is x for every x, also for -0 and NaN
+
+// The larger of both; b where one is NaN.
+SVG2_INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX__)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// 2^x for x <= 127 with a relative error below 2e-7; below 2^-126.5 it is exactly 0, so that no denormal number slows the
+// products down; NaN stays NaN.
+SVG2_INLINE Vec exp2(Vec x) {
+    // Adding 1.5 * 2^23 rounds to an integer, and the 127 beside it is the bias of a float's exponent: so the low bits of
+    // the sum are the exponent of 2^n.
+    const Vec magic = broadcast(12582912.0f + 127.0f);
+    x = larger(broadcast(-127.0f), x);
+    const Vec rounded = x + magic;
+    const Vec f = x - (rounded - magic);  // in [-1/2, 1/2]
+    const Vec power = (Vec)((IntVec)rounded << 23);
+    // The polynomial of fifth degree with p(0) = 1 that has the smallest relative error on that interval: 0.92e-7.
+    Vec p = broadcast(0x1.5bba14p-10f);
+    p = p * f + broadcast(0x1.3cea88p-7f);
+    p = p * f + broadcast(0x1.c6b752p-5f);
+    p = p * f + broadcast(0x1.ebf9bcp-3f);
+    p = p * f + broadcast(0x1.62e42ap-1f);
+    p = p * f + broadcast(1.0f);
+    // A product and not a sum of exponents: NaN times anything is NaN.
+    return p * power;
+}
+
+}  // namespace svg2
