@@ -39,8 +39,8 @@ IMPLEMENTATIONS = {
     ),
 }
 
-# What runs when nobody asks for anything, by device type. A device without an entry is an error, not a fallback; "native"
-# is "cpu" where there is no compiler, which is said once.
+# What runs when nobody asks for anything, by device type. A device without an entry is an error, not a fallback.
+# "native" is "cpu" where there is no compiler, which is said once.
 # A CUDA build of torch brings Triton along on Linux; where there is none the readable reference runs, and the cost
 # model knows it.
 DEFAULT_IMPLEMENTATION = {

@@ -13,9 +13,8 @@
 namespace svg2 {
 namespace {
 
-constexpr int64_t ROWS_PER_ITEM = 192;
+constexpr int64_t ROWS_PER_ITEM = 240;
 constexpr int64_t ITEMS_PER_THREAD = 4;  // at the least, if there are queries enough: threads end at the same time
-constexpr int64_t STRIP = VECTORS * LANES;
 constexpr int64_t MAX_STRIPS = ROWS_PER_ITEM / STRIP + 1;
 
 struct Item {
@@ -60,15 +59,6 @@ std::vector<Item> items_of(const AttentionCall& call) {
     return items;
 }
 
-// Calls the function for the number of vectors of a strip, which is a constant inside.
-template <class Function>
-SVG2_INLINE void with_vectors(int vectors, const Function& function) {
-    static_assert(VECTORS == 3);
-    if (vectors == 1) function(std::integral_constant<int, 1>());
-    if (vectors == 2) function(std::integral_constant<int, 2>());
-    if (vectors == 3) function(std::integral_constant<int, 3>());
-}
-
 class ItemRunner {
   public:
     ItemRunner(const AttentionCall& call, float* floats) : call_(call), columns_(up_to_rows(call.value_dim)) {
@@ -89,12 +79,19 @@ class ItemRunner {
     void run(const Item& item) {
         lay_out(item);
         KeyStream stream(call_, item.of, stream_);
-        KeyBlock block;
-        while (stream.next_selected(block)) attend(block);
-        if (item.of.compensated(call_) && stream.next_skipped(block)) {
+        KeyBlock blocks[2];  // the one that is attended to, and the next one on its way
+        int current = 0;
+        for (bool more = stream.next_selected(blocks[0]); more; current = 1 - current) {
+            more = stream.next_selected(blocks[1 - current]);
+            stream.convert(blocks[current], true);
+            attend(blocks[current], more ? &blocks[1 - current] : nullptr);
+        }
+        if (item.of.compensated(call_) && stream.next_skipped(blocks[0])) {
             for (int s = 0; s < num_strips_; ++s) strip_[s].mark_skipped();
-            do attend(block);
-            while (stream.next_skipped(block));
+            do {
+                stream.convert(blocks[0], false);
+                attend(blocks[0], nullptr);
+            } while (stream.next_skipped(blocks[0]));
             if (call_.q_centroids) first_order(item.of);
         }
         for (int s = 0; s < num_strips_; ++s) write(item, s);
@@ -103,14 +100,13 @@ class ItemRunner {
   private:
     static int64_t floats_of_pointers(int64_t count) { return (2 * count + 15) / 16 * 16; }
 
-    // Strips of VECTORS vectors; the last four vectors are two and two, as a single one has too few sums in flight.
     void lay_out(const Item& item) {
         int64_t vectors = (item.rows + LANES - 1) / LANES, first = 0;
         float* floats = strips_;
         num_strips_ = 0;
         while (vectors > 0) {
             Strip& strip = strip_[num_strips_];
-            strip.vectors = vectors == 4 || vectors < VECTORS ? std::min<int64_t>(vectors, 2) : VECTORS;
+            strip.vectors = vectors_of_strip(vectors);
             strip.queries = floats;
             strip.out = floats + call_.dim * strip.vectors * LANES;
             floats = strip.out + columns_ * strip.vectors * LANES;
@@ -129,18 +125,20 @@ class ItemRunner {
 
     void read(const Item& item, Strip& strip, int64_t first) {
         const int64_t width = strip.vectors * LANES, rows = std::min(width, item.rows - first);
-        if (rows < width) std::memset(strip.queries, 0, call_.dim * width * sizeof(float));
-        for (int64_t lane = 0; lane < rows; ++lane) {
-            const char* from = call_.query.row(item.of.batch, item.of.head, query_token(item, first + lane));
-            read_row(from, call_.query.type, call_.dim, row_);
-            for (int64_t d = 0; d < call_.dim; ++d) strip.queries[d * width + lane] = row_[d] * (float)call_.scale;
-        }
+        const auto row_of = [&](int64_t lane) {
+            return call_.query.row(item.of.batch, item.of.head, query_token(item, first + lane));
+        };
+        // The weights are not needed yet, and there is room.
+        read_lanes(row_of, rows, width, call_.query.type, call_.dim, (float)call_.scale, weights_, strip.queries);
     }
 
-    void attend(const KeyBlock& block) {
+    void attend(const KeyBlock& block, const KeyBlock* next) {
+        const int64_t key_bytes = call_.dim * call_.key.bytes_per_element();
+        const int64_t value_bytes = call_.value_dim * call_.value.bytes_per_element();
         for (int s = 0; s < num_strips_; ++s) {
+            const Upcoming upcoming{s == 0 ? next : nullptr, key_bytes, value_bytes};
             with_vectors(strip_[s].vectors, [&](auto v) {
-                attend_to_block<decltype(v)::value>(strip_[s], block, call_.dim, columns_, weights_);
+                attend_to_block<decltype(v)::value>(strip_[s], block, call_.dim, columns_, upcoming, weights_);
             });
         }
     }

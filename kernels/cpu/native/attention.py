@@ -44,7 +44,7 @@ _SIZES = (
 class AttentionCall(ctypes.Structure):
     """As ``AttentionCall`` of attention.h."""
 
-    _fields_ = [  # noqa: RUF012 - as ctypes wants it
+    _fields_ = [
         *((name, Tokens) for name in ("query", "key", "value", "out")),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("scale", ctypes.c_double),

@@ -1,9 +1,9 @@
 """The native library: compiled once for a machine, kept on disk, loaded once for a process.
 
 The sources need a C++17 compiler with GCC's vector types (GCC or Clang) and OpenMP, and nothing else: no headers of
-PyTorch or Python, no build tool. They are compiled for the very machine, so that the file's name has all that it depends
-on: sources, compiler, flags, the processor's instructions, and the versions of this package and of PyTorch. The compiler is the
-one that Inductor would take.
+PyTorch or Python, no build tool. They are compiled for the very machine, so that the file's name has all that it
+depends on: sources, compiler, flags, the processor's instructions, and the versions of this package and of PyTorch. The
+compiler is the one that Inductor would take.
 
 ``SVG2_NATIVE=0`` switches native code off, ``SVG2_CACHE_DIR`` moves the compiled file.
 """

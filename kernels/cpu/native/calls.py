@@ -1,4 +1,4 @@
-"""How Python calls the native library: tensors as pointers and strides, and what each call is given as a C structure."""
+"""How Python calls the native library: tensors as pointers and strides, each call as one C structure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class Tokens(ctypes.Structure):
     """A tensor [B, H, N, D]; as ``Tokens`` of rows.h."""
 
-    _fields_ = [  # noqa: RUF012 - as ctypes wants it
+    _fields_ = [
         ("data", ctypes.c_void_p),
         ("batch_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),

@@ -9,8 +9,6 @@
 
 namespace svg2 {
 
-inline int64_t up_to_rows(int64_t count) { return (count + ROWS - 1) / ROWS * ROWS; }
-
 // One query block of one head: which clusters it selects, and what it knows of those that it skips.
 struct QueryBlock {
     int64_t batch, head, block;
@@ -41,18 +39,20 @@ class KeyStream {
           keys_(floats),
           values_(keys_ + KEYS_PER_BLOCK * call.dim),
           zeros_(values_ + KEYS_PER_BLOCK * up_to_rows(call.value_dim)) {
+        const int64_t kv_head = of.kv_head(call);
+        key_rows_ = call.key.row(of.batch, kv_head, 0);
+        value_rows_ = call.value.row(of.batch, kv_head, 0);
+        key_bytes_ = call.key.token_stride * call.key.bytes_per_element();
+        value_bytes_ = call.value.token_stride * call.value.bytes_per_element();
+        order_ = call.k_order ? call.k_order + of.kv_row(call) * call.num_keys : nullptr;
         std::memset(zeros_, 0, (call.dim + up_to_rows(call.value_dim)) * sizeof(float));
-        keys_in_place_ = call.key.type == FLOAT32;
-        // A register tile of values reads whole groups of columns.
-        value_columns_fit_ = call.value_dim % ROWS == 0;
-        values_in_place_ = value_columns_fit_ && call.value.type == FLOAT32;
     }
 
     static int64_t floats_needed(const AttentionCall& call) {
         return (KEYS_PER_BLOCK + 1) * (call.dim + up_to_rows(call.value_dim));
     }
 
-    // The next keys of selected blocks; false where there are none left.
+    // The next keys of selected blocks, where they lie; false where there are none left.
     bool next_selected(KeyBlock& block) {
         block.count = 0;
         for (; cluster_ < call_.k_clusters + 2; ++cluster_, within_ = 0) {
@@ -77,22 +77,39 @@ class KeyStream {
         return finish(block);
     }
 
+    // Makes the rows of next_selected, or of next_skipped, rows of float32 with whole groups of columns.
+    void convert(KeyBlock& block, bool selected) {
+        const int64_t columns = up_to_rows(call_.value_dim);
+        const int64_t key_type = selected ? call_.key.type : FLOAT32, value_type = selected ? call_.value.type : FLOAT32;
+        for (int64_t i = 0; i < block.count && key_type != FLOAT32; ++i) {
+            float* to = keys_ + i * call_.dim;
+            read_row((const char*)block.keys[i], key_type, call_.dim, to);
+            block.keys[i] = to;
+        }
+        if (value_type == FLOAT32 && columns == call_.value_dim) return;
+        for (int64_t i = 0; i < block.count; ++i) {
+            float* to = values_ + i * columns;
+            read_row((const char*)block.values[i], value_type, call_.value_dim, to);
+            std::fill(to + call_.value_dim, to + columns, 0.0f);
+            block.values[i] = to;
+        }
+    }
+
   private:
     void add_token(KeyBlock& block, int64_t position) {
-        const int64_t i = block.count++, head = of_.kv_head(call_);
-        const int64_t token = call_.k_order ? call_.k_order[of_.kv_row(call_) * call_.num_keys + position] : position;
-        const char* key = call_.key.row(of_.batch, head, token);
-        const char* value = call_.value.row(of_.batch, head, token);
+        const int64_t i = block.count++, token = order_ ? order_[position] : position;
+        const char* key = key_rows_ + token * key_bytes_;
+        const char* value = value_rows_ + token * value_bytes_;
         block.bias[i] = 0.0f;
-        block.keys[i] = keys_in_place_ ? (const float*)key : converted_key(key, i);
-        block.values[i] = values_in_place_ ? (const float*)value : converted_value(value, call_.value.type, i);
+        block.keys[i] = (const float*)key;
+        block.values[i] = (const float*)value;
     }
 
     void add_mean(KeyBlock& block, int64_t cluster) {
         const int64_t i = block.count++, row = of_.kv_row(call_) * call_.k_clusters + cluster;
         const float* value = call_.v_centroids + row * call_.value_dim;
         block.keys[i] = call_.k_centroids + row * call_.dim;
-        block.values[i] = value_columns_fit_ ? value : converted_value((const char*)value, FLOAT32, i);
+        block.values[i] = value;
         block.bias[i] = bias_of_mean(block.keys[i], cluster);
     }
 
@@ -110,20 +127,6 @@ class KeyStream {
         return call_.log_mass[row * (call_.k_clusters + 2) + cluster] - (float)call_.scale * at_centroid;
     }
 
-    const float* converted_key(const char* from, int64_t i) {
-        float* to = keys_ + i * call_.dim;
-        read_row(from, call_.key.type, call_.dim, to);
-        return to;
-    }
-
-    const float* converted_value(const char* from, int64_t type, int64_t i) {
-        const int64_t columns = up_to_rows(call_.value_dim);
-        float* to = values_ + i * columns;
-        read_row(from, type, call_.value_dim, to);
-        std::fill(to + call_.value_dim, to + columns, 0.0f);
-        return to;
-    }
-
     bool finish(KeyBlock& block) const {
         for (int64_t i = block.count; i < up_to_rows(block.count); ++i) {
             block.keys[i] = block.values[i] = zeros_;
@@ -136,8 +139,10 @@ class KeyStream {
     const QueryBlock of_;
     const uint8_t* selected_;
     const int32_t* bounds_;
+    const char *key_rows_, *value_rows_;
+    int64_t key_bytes_, value_bytes_;
+    const int32_t* order_;
     float *keys_, *values_, *zeros_;
-    bool keys_in_place_, values_in_place_, value_columns_fit_;
     int64_t cluster_ = 0, within_ = 0, skipped_ = 0;
 };
 

@@ -16,12 +16,11 @@ constexpr int ROWS = 8, VECTORS = 3;
 constexpr int ROWS = 4, VECTORS = 3;
 #endif
 
-// scores[r][strip] = bias[r] + sum_d rows[r][d] * queries[d][strip], for ROWS rows; largest[v] becomes the largest of them.
+// sum[r][strip] = bias[r] + sum_d rows[r][d] * queries[d][strip], for ROWS rows.
 template <int V>
-SVG2_INLINE void scores_of_rows(
-    const float* const* rows, const float* bias, const float* queries, int64_t dim, float* scores, Vec* largest) {
+SVG2_INLINE void products_of_rows(
+    const float* const* rows, const float* bias, const float* queries, int64_t dim, Vec (&sum)[ROWS][V]) {
     const float* row[ROWS];
-    Vec sum[ROWS][V];
     SVG2_UNROLL for (int r = 0; r < ROWS; ++r) {
         row[r] = rows[r];
         SVG2_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = broadcast(bias[r]);
@@ -34,6 +33,14 @@ SVG2_INLINE void scores_of_rows(
             SVG2_UNROLL for (int v = 0; v < V; ++v) sum[r][v] += x * query[v];
         }
     }
+}
+
+// The same into memory, [r][strip]; largest[v] becomes the largest of what it was and all of them.
+template <int V>
+SVG2_INLINE void scores_of_rows(
+    const float* const* rows, const float* bias, const float* queries, int64_t dim, float* scores, Vec* largest) {
+    Vec sum[ROWS][V];
+    products_of_rows<V>(rows, bias, queries, dim, sum);
     SVG2_UNROLL for (int v = 0; v < V; ++v) {
         Vec most = largest[v];
         SVG2_UNROLL for (int r = 0; r < ROWS; ++r) {

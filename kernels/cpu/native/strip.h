@@ -2,7 +2,9 @@
 // all state in the lanes of the strip.
 #pragma once
 
-#include "products.h"
+#include <algorithm>
+
+#include "lanes.h"
 
 namespace svg2 {
 
@@ -17,6 +19,21 @@ struct KeyBlock {
     const float* values[KEYS_PER_BLOCK];
     float bias[KEYS_PER_BLOCK];
     int64_t count = 0;
+};
+
+// The rows of a block that is attended to next: fetched into the second-level cache a few at a time while the products of this
+// one are computed. All at once, they would wait for each other.
+struct Upcoming {
+    const KeyBlock* block;  // null: nothing to fetch
+    int64_t key_bytes, value_bytes;  // of a row
+
+    SVG2_INLINE void fetch(int64_t first) const {
+        if (block == nullptr) return;
+        for (int64_t i = first; i < std::min<int64_t>(first + ROWS, block->count); ++i) {
+            for (int64_t at = 0; at < key_bytes; at += 64) __builtin_prefetch((const char*)block->keys[i] + at, 0, 2);
+            for (int64_t at = 0; at < value_bytes; at += 64) __builtin_prefetch((const char*)block->values[i] + at, 0, 2);
+        }
+    }
 };
 
 // The state of a strip of up to VECTORS vectors of queries.
@@ -44,10 +61,11 @@ struct Strip {
 // Scores of a block in [key][strip], turned into weights relative to the new shift. factor: what turns sums relative to the old
 // shift into sums relative to the new one.
 template <int V>
-SVG2_INLINE void weights_of_block(Strip& strip, const KeyBlock& block, int64_t dim, float* weights, Vec* factor) {
+SVG2_INLINE void weights_of_block(Strip& strip, const KeyBlock& block, int64_t dim, const Upcoming& upcoming, float* weights, Vec* factor) {
     Vec largest[V], shift[V], sum[V];
     SVG2_UNROLL for (int v = 0; v < V; ++v) largest[v] = broadcast(-__builtin_inff());
     for (int64_t key = 0; key < block.count; key += ROWS) {
+        upcoming.fetch(key);
         scores_of_rows<V>(
             block.keys + key, block.bias + key, strip.queries, dim, weights + key * V * LANES, largest);
     }
@@ -56,16 +74,19 @@ SVG2_INLINE void weights_of_block(Strip& strip, const KeyBlock& block, int64_t d
         const Vec most = larger(largest[v] * broadcast(LOG2_E), strip.shift[v]);
         // As long as all scores are -inf, their weights are 0 and not 2^(-inf + inf).
         shift[v] = most == lowest ? Vec{} : most;
-        factor[v] = exp2(strip.shift[v] - shift[v]);
+        factor[v] = strip.shift[v] - shift[v];
         strip.shift[v] = most;
         sum[v] = Vec{};
     }
-    for (int64_t key = 0; key < block.count; ++key) {
-        SVG2_UNROLL for (int v = 0; v < V; ++v) {
-            float* at = weights + (key * V + v) * LANES;
-            const Vec weight = exp2(load(at) * broadcast(LOG2_E) - shift[v]);
-            store(at, weight);
-            sum[v] += weight;
+    exp2<V>(factor);
+    for (int64_t key = 0; key < block.count; key += 2) {  // of the zeros up to a multiple of ROWS, the weights are 0
+        Vec weight[2 * V];
+        float* at = weights + key * V * LANES;
+        SVG2_UNROLL for (int i = 0; i < 2 * V; ++i) weight[i] = load(at + i * LANES) * broadcast(LOG2_E) - shift[i % V];
+        exp2<2 * V>(weight);
+        SVG2_UNROLL for (int i = 0; i < 2 * V; ++i) {
+            store(at + i * LANES, weight[i]);
+            sum[i % V] += weight[i];
         }
     }
     SVG2_UNROLL for (int v = 0; v < V; ++v) {
@@ -75,9 +96,10 @@ SVG2_INLINE void weights_of_block(Strip& strip, const KeyBlock& block, int64_t d
 }
 
 template <int V>
-void attend_to_block(Strip& strip, const KeyBlock& block, int64_t dim, int64_t value_columns, float* weights) {
+void attend_to_block(
+    Strip& strip, const KeyBlock& block, int64_t dim, int64_t value_columns, const Upcoming& upcoming, float* weights) {
     Vec factor[V];
-    weights_of_block<V>(strip, block, dim, weights, factor);
+    weights_of_block<V>(strip, block, dim, upcoming, weights, factor);
     for (int64_t column = 0; column < value_columns; column += ROWS) {
         add_weighted_columns<V>(block.values, block.count, weights, column, factor, strip.out + column * V * LANES);
     }

@@ -52,25 +52,27 @@ SVG2_INLINE Vec larger(Vec a, Vec b) {
 #endif
 }
 
-// 2^x for x <= 127 with a relative error below 2e-7; below 2^-126.5 it is exactly 0, so that no denormal number slows the
-// products down; NaN stays NaN.
-SVG2_INLINE Vec exp2(Vec x) {
+// x = 2^x for COUNT vectors of x <= 127, with a relative error below 2e-7; below 2^-126.5 it is exactly 0, so that no
+// denormal number slows the products down; NaN stays NaN. Step by step for all vectors: a single one is a chain of dependent
+// instructions, of which a processor does not look far enough ahead to overlap several.
+template <int COUNT>
+SVG2_INLINE void exp2(Vec* x) {
     // Adding 1.5 * 2^23 rounds to an integer, and the 127 beside it is the bias of a float's exponent: so the low bits of
     // the sum are the exponent of 2^n.
-    const Vec magic = broadcast(12582912.0f + 127.0f);
-    x = larger(broadcast(-127.0f), x);
-    const Vec rounded = x + magic;
-    const Vec f = x - (rounded - magic);  // in [-1/2, 1/2]
-    const Vec power = (Vec)((IntVec)rounded << 23);
-    // The polynomial of fifth degree with p(0) = 1 that has the smallest relative error on that interval: 0.92e-7.
-    Vec p = broadcast(0x1.5bba14p-10f);
-    p = p * f + broadcast(0x1.3cea88p-7f);
-    p = p * f + broadcast(0x1.c6b752p-5f);
-    p = p * f + broadcast(0x1.ebf9bcp-3f);
-    p = p * f + broadcast(0x1.62e42ap-1f);
-    p = p * f + broadcast(1.0f);
+    const Vec magic = broadcast(12582912.0f + 127.0f), lowest = broadcast(-127.0f);
+    // The polynomial of fifth degree with p(0) = 1 that has the smallest relative error on [-1/2, 1/2]: 0.92e-7.
+    const float coefficients[] = {0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
+    Vec power[COUNT], p[COUNT];
+    SVG2_UNROLL for (int i = 0; i < COUNT; ++i) x[i] = larger(lowest, x[i]);
+    SVG2_UNROLL for (int i = 0; i < COUNT; ++i) power[i] = x[i] + magic;
+    SVG2_UNROLL for (int i = 0; i < COUNT; ++i) x[i] -= power[i] - magic;
+    SVG2_UNROLL for (int i = 0; i < COUNT; ++i) power[i] = (Vec)((IntVec)power[i] << 23);
+    SVG2_UNROLL for (int i = 0; i < COUNT; ++i) p[i] = broadcast(0x1.5bba14p-10f);
+    SVG2_UNROLL for (int c = 0; c < 5; ++c) {
+        SVG2_UNROLL for (int i = 0; i < COUNT; ++i) p[i] = p[i] * x[i] + broadcast(coefficients[c]);
+    }
     // A product and not a sum of exponents: NaN times anything is NaN.
-    return p * power;
+    SVG2_UNROLL for (int i = 0; i < COUNT; ++i) x[i] = p[i] * power[i];
 }
 
 }  // namespace svg2
