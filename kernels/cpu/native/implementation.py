@@ -4,9 +4,8 @@
 
 from svg2_compile.kernels.cpu.attention import block_density
 from svg2_compile.kernels.cpu.cluster import cluster_means, cluster_order, permute_tokens, unpermute_tokens
-from svg2_compile.kernels.cpu.estimates import block_estimates
-from svg2_compile.kernels.cpu.first_order import first_order_terms
 from svg2_compile.kernels.cpu.native.attention import block_sparse_attention, first_order_attention
+from svg2_compile.kernels.cpu.native.clusters import block_estimates, first_order_terms
 from svg2_compile.kernels.cpu.native.kmeans import kmeans
 from svg2_compile.kernels.cpu.pool import cluster_variances, select_blocks_of_layer
 from svg2_compile.kernels.cpu.select import select_blocks, select_blocks_by_error

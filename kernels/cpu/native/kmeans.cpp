@@ -68,8 +68,25 @@ void spread_seeds(const KmeansCall& call, int64_t b, int64_t h, float* centroids
     }
 }
 
+// Of a token that is not finite, as an arg-max that takes NaN for the largest: it stays with the centroid that it has broken,
+// and breaks no other.
+int32_t nearest_of_broken(const Directions& to, int64_t clusters, const float* token, int64_t dim) {
+    int32_t nearest = 0;
+    float best = -__builtin_inff();
+    for (int64_t c = 0; c < clusters; ++c) {
+        float score = to.bias[c];
+        for (int64_t d = 0; d < dim; ++d) score += to.rows[c][d] * token[d];
+        if (score != score) return (int32_t)c;
+        if (score > best) {
+            best = score;
+            nearest = (int32_t)c;
+        }
+    }
+    return nearest;
+}
+
 template <int V>
-void nearest_of_strip(const Directions& to, const float* tokens, int64_t dim, int32_t* nearest) {
+void nearest_of_strip(const Directions& to, const float* tokens, int64_t dim, int32_t* nearest, float* scores) {
     Vec best[V];
     IntVec index[V];
     SVG2_UNROLL for (int v = 0; v < V; ++v) {
@@ -81,13 +98,16 @@ void nearest_of_strip(const Directions& to, const float* tokens, int64_t dim, in
         products_of_rows<V>(&to.rows[c], &to.bias[c], tokens, dim, score);
         SVG2_UNROLL for (int r = 0; r < ROWS; ++r) {
             SVG2_UNROLL for (int v = 0; v < V; ++v) {
-                // Strictly: of equal ones the first is chosen, and of a token with NaN the very first.
+                // Strictly: of equal ones the first is chosen.
                 index[v] = score[r][v] > best[v] ? IntVec{} + (int32_t)(c + r) : index[v];
                 best[v] = score[r][v] > best[v] ? score[r][v] : best[v];
             }
         }
     }
-    SVG2_UNROLL for (int v = 0; v < V; ++v) std::memcpy(nearest + v * LANES, &index[v], sizeof(IntVec));
+    SVG2_UNROLL for (int v = 0; v < V; ++v) {
+        std::memcpy(nearest + v * LANES, &index[v], sizeof(IntVec));
+        store(scores + v * LANES, best[v]);
+    }
 }
 
 // Labels of up to TOKENS_PER_ITEM tokens from `first` on; returns whether any of them is new. floats: 2 * STRIP * dim.
@@ -101,9 +121,14 @@ bool assign(const KmeansCall& call, const Directions& to, int64_t b, int64_t h, 
         const auto row_of = [&](int64_t lane) { return call.x.row(b, h, first + lane); };
         read_lanes(row_of, rows, width, call.x.type, call.dim, 1.0f, floats, floats + STRIP * call.dim);
         int32_t nearest[STRIP];
+        float scores[STRIP];
         with_vectors(vectors, [&](auto v) {
-            nearest_of_strip<decltype(v)::value>(to, floats + STRIP * call.dim, call.dim, nearest);
+            nearest_of_strip<decltype(v)::value>(to, floats + STRIP * call.dim, call.dim, nearest, scores);
         });
+        for (int64_t lane = 0; lane < rows; ++lane) {
+            if (std::isfinite(scores[lane])) continue;
+            nearest[lane] = nearest_of_broken(to, call.clusters, floats + lane * call.dim, call.dim);
+        }
         changed |= std::memcmp(labels + first, nearest, rows * sizeof(int32_t)) != 0;
         std::memcpy(labels + first, nearest, rows * sizeof(int32_t));
         first += rows;

@@ -75,4 +75,23 @@ SVG2_INLINE void exp2(Vec* x) {
     SVG2_UNROLL for (int i = 0; i < COUNT; ++i) x[i] = p[i] * power[i];
 }
 
+// ln x with an error of a few roundings; ln 0 is -inf, of NaN and of negative numbers NaN.
+SVG2_INLINE Vec log(Vec x) {
+    const Vec infinity = broadcast(__builtin_inff());
+    const Vec small = x < broadcast(0x1p-100f) ? broadcast(1.0f) : Vec{};  // where it may be denormal
+    const Vec y = x * (broadcast(1.0f) + small * 0x1p64f);  // 1 + 2^64 is 2^64
+    // y = 2^e m, m between the roots of 1/2 and of 2, and ln m is a series in (m - 1) / (m + 1).
+    const IntVec e = ((IntVec)y - 0x3f3504f3) >> 23;
+    const Vec m = (Vec)((IntVec)y - (e << 23));
+    const Vec s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
+    Vec series = s2 * broadcast(1.0f / 9) + broadcast(1.0f / 7);
+    series = series * s2 + broadcast(1.0f / 5);
+    series = series * s2 + broadcast(1.0f / 3);
+    series = 2.0f * (s + s * s2 * series);
+    const Vec result = series + (__builtin_convertvector(e, Vec) - small * 64.0f) * broadcast(0.6931471805599453f);
+    const Vec zero_or_less = x == Vec{} ? -infinity : infinity - infinity;
+    const Vec nonnegative = x < infinity ? result : x;  // infinity and NaN
+    return x > Vec{} ? nonnegative : (x <= Vec{} ? zero_or_less : x);
+}
+
 }  // namespace svg2
