@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.cpu.attention import check_offset_contents
-from svg2_compile.kernels.cpu.native.calls import Tokens, call_native, pointer, tokens, unit_stride
+from svg2_compile.kernels.cpu.native.calls import Tokens, call_native, check_order, pointer, tokens, unit_stride
 
 __all__ = ["block_sparse_attention", "first_order_attention"]
 
@@ -123,6 +123,9 @@ def _attention(
     assert q_offsets is not None and k_offsets is not None
     check_offset_contents("q_offsets", q_offsets, num_queries)
     check_offset_contents("k_offsets", k_offsets, num_keys)
+    for order in (given.get("q_order"), given.get("k_order")):
+        if order is not None:
+            check_order(order)
     if given.get("q_order") is None:
         out = query.new_empty(batch, q_heads, num_queries, value_dim)
     else:

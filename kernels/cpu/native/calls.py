@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svg2_compile.kernels.cpu.native.build import native
 
-__all__ = ["TYPES", "Tokens", "call_native", "pointer", "tokens"]
+__all__ = ["TYPES", "Tokens", "call_native", "check_order", "pointer", "tokens"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -44,6 +44,13 @@ def pointer(x: Tensor | None) -> int | None:
         return None
     assert x.is_contiguous()
     return x.data_ptr()
+
+
+def check_order(order: Tensor) -> None:
+    """An order indexes memory: a wrong one must be an error here, not a crash there."""
+    num_tokens = order.shape[2]
+    if order.numel() > 0 and (int(order.min()) < 0 or int(order.max()) >= num_tokens):
+        raise ValueError(f"svg2: order lies in [{int(order.min())}, {int(order.max())}]; valid: [0, {num_tokens})")
 
 
 def call_native(name: str, call: ctypes.Structure) -> None:
