@@ -32,7 +32,7 @@ def sgemm_gflops(milliseconds: float) -> float:
 
 
 def flex_peer(query: Tensor, key: Tensor, value: Tensor, density: float, tolerance: float) -> Callable[[], object]:
-    """FlexAttention over blocks of 128 x 128 tokens, a random ``density`` of them, without clusters or compensation: what
+    """FlexAttention over a random ``density`` of all blocks of 128 x 128 tokens, without clusters or compensation: what
     PyTorch's own block-sparse attention takes for as many pairs. Query, key and value [1, H, N, D].
 
     Raises AssertionError if its first rows are not those of masked dense attention.
