@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from svg2_compile.passes.attention.call import AttentionCall
 from svg2_compile.passes.attention.masks import KeyPadding
 from svg2_compile.passes.stays_dense import StaysDense
@@ -40,7 +42,8 @@ class Site:
     video_parts: start and length of every piece of the video on the token axis. Several are brought together at its
     start before they are clustered (canonical.py): video_start is 0 then, and video_tokens counts all of them.
     worth: asked at run time whether the sizes of a call are worth it; None where every size that may come is.
-    too_short: why the sizes that were traced are not.
+    too_short: why the sizes that were traced are not. dense_share: float32 [batch, 1], how much of the scores of
+    a row stays dense all the same; None where nothing does.
     """
 
     index: int
@@ -61,6 +64,7 @@ class Site:
     video_parts: tuple[tuple[Any, Any], ...] = ()
     worth: Worth | None = None
     too_short: StaysDense | None = None
+    dense_share: fx.Node | None = None
 
 
 @dataclass(frozen=True)
