@@ -14,6 +14,7 @@ from torch import nn
 from svg2_compile.backend import Svg2Backend
 from svg2_compile.hosts.calls import replace_call
 from svg2_compile.hosts.compiled_call import CompiledCall, OwnCode
+from svg2_compile.hosts.context_parallel import prepare_hooks
 from svg2_compile.hosts.diffusers import name_branches
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.model_call import ModelCall, Part, running_model, running_part
@@ -125,6 +126,7 @@ def _compiled(
     module: nn.Module, backend: Svg2Backend, enabled: Enabled, fullgraph: bool, dynamic: bool | None
 ) -> CompiledCall:
     session = enabled.session
+    prepare_hooks(module)
     return CompiledCall(
         *(module, backend, session.once, enabled.code),
         fullgraph=fullgraph,
