@@ -30,6 +30,7 @@ from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttentio
 from svg2_compile.passes.attention.decomposed import read_decomposed
 from svg2_compile.passes.attention.flex import read_flex_attention
 from svg2_compile.passes.attention.foreign import read_foreign_attention
+from svg2_compile.passes.graph.collectives import rank_groups
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path, operator_name
 from svg2_compile.passes.graph.values import node_value
 
@@ -57,7 +58,20 @@ def find_attention(
             calls.append(found)
         elif isinstance(found, UnreadableAttention):
             unreadable.append(found)
+    if any(found.reason == "aux_outputs" for found in unreadable) and rank_groups(gm):
+        unreadable = [_of_a_ring(found) for found in unreadable]
     return _with_unique_names(calls), unreadable
+
+
+def _of_a_ring(found: UnreadableAttention) -> UnreadableAttention:
+    """Among ranks, a log-sum-exp is used to join what each of them has attended to."""
+    if found.reason != "aux_outputs":
+        return found
+    detail = (
+        "a part of the keys at a time, joined by the log-sum-exp (ring attention): clusters need all keys. "
+        "ContextParallelConfig(ulysses_degree=...) brings them together"
+    )
+    return replace(found, reason="local_keys", detail=detail)
 
 
 def _read_fused(node: fx.Node) -> AttentionCall | UnreadableAttention | None:

@@ -115,6 +115,8 @@ def is_projected(node: fx.Node) -> bool:
 
 # How Dynamo gets at a module whose forward other libraries have wrapped: through their hooks, not through the model.
 _HOOK_PARTS = frozenset({"forward", "fn_ref", "original_forward", "_old_forward", "__wrapped__", "_orig_mod"})
+# A hook of diffusers' that is one with the function it stands in for.
+_CLOSURE = re.compile(r"\.func\.__closure__\.\d+\.cell_contents")
 _INDEX = re.compile(r"\[['\"]?(\w+)['\"]?\]")
 
 
@@ -128,6 +130,6 @@ def module_path(node: fx.Node) -> str:
     # Dynamo writes how it got at the module: L['self'].__dict__['_modules']['blocks'].0.attn1, L['fn'].__self__ ...
     path = re.sub(r"^L\[['\"]\w+['\"]\]", "", path)
     path = path.replace("__self__", "").replace("__dict__['_modules']", "").replace("_modules", "")
-    path = _INDEX.sub(r".\1", path)
+    path = _CLOSURE.sub("", _INDEX.sub(r".\1", path))
     parts = [part for part in path.split(".") if part and part not in _HOOK_PARTS]
     return ".".join(parts) or node.name

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["is_context_parallel", "prepare_hooks", "untraced_messages"]
+__all__ = ["not_traced", "prepare_hooks", "untraced_messages"]
 
 
 def prepare_hooks(module: nn.Module) -> None:
@@ -29,9 +29,22 @@ def prepare_hooks(module: nn.Module) -> None:
             metadata.cached_parameter_indices = {name: place for place, name in enumerate(names)}  # type: ignore[union-attr]
 
 
-def is_context_parallel(module: nn.Module) -> bool:
-    """Whether tokens of ``module`` are split over ranks by hooks of diffusers."""
-    return any(hasattr(hook, "parallel_config") for hook in _hooks(module))
+def not_traced(module: nn.Module) -> str | None:
+    """Why ``module`` is not to be compiled at all; None where it may be.
+
+    Shards of any size ask for each other's sizes in the middle of the model, by a function that Dynamo is told to take
+    as it is but cannot: the call would end with its error.
+    """
+    for hook in _hooks(module):
+        config = getattr(hook, "parallel_config", None)
+        for option in ("ulysses_anything", "ring_anything"):
+            if getattr(config, option, False):
+                return (
+                    f"{type(module).__name__} runs dense and is not compiled: {option}=True makes shards of different "
+                    "sizes, which are not followed. ContextParallelConfig(ulysses_degree=...) alone runs sparse, where "
+                    "tokens and heads can be divided by it."
+                )
+    return None
 
 
 def untraced_messages() -> set[Callable[..., Any]]:

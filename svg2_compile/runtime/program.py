@@ -11,8 +11,10 @@ import torch
 
 from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.codegen.symbols import SymbolBinder
+from svg2_compile.passes.graph.collectives import rank_groups
 from svg2_compile.passes.hoist_centroids import StateSpec
 from svg2_compile.reporting.records import GraphReport, SiteReport
+from svg2_compile.runtime.agreement import Terms
 from svg2_compile.runtime.history import CallRecord, qualified
 from svg2_compile.runtime.layers import LayerTable
 from svg2_compile.runtime.session import CallPlan, Session, running_plan
@@ -67,7 +69,15 @@ class DenoisingProgram:
         self._flags: dict[bool, torch.Tensor] = {}
         self._tokens: tuple[int, ...] | None = None
         self._failed = False
+        # The groups of ranks that the graph exchanges tensors with, and what was agreed on with them at the first call.
+        self.groups = tuple(group.name for group in rank_groups(dense.gm) if group.size > 1)
+        self.terms: Terms | None = None
         session.programs.add(self)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the sparse graph raised, and the dense one runs in its place."""
+        return self._failed
 
     def site_reports(self) -> list[SiteReport]:
         """Every attention of the graph; where it serves known layers, every attention of each of them."""
@@ -81,20 +91,35 @@ class DenoisingProgram:
             self.session.ran_dense(self, args)
             return self.dense(*args)
         plan = self.session.plan(self, args)
+        began = False
         if not plan.sparse or self._failed:
             return self._run_dense(plan, args)
         try:
+            self.sparse.compile()
+            began = True
             return self._run_sparse(self.sparse, self.spec, plan, args)
         except Exception as error:
-            self.session.fail(plan)
+            # Among ranks a video goes on: one that began another would wait for what the others have to say of it.
+            if began or not self.groups:
+                self.session.fail(plan)
             if self.session.config.strict:
                 raise
             self._failed = True
+            if began and self.groups:
+                raise self._other_ranks_wait(error) from error
             self.session.watch.graph_failed(self.name, error)
         except BaseException:  # an interrupt
             self.session.fail(plan)
             raise
         return self._run_dense(plan, args)
+
+    def _other_ranks_wait(self, error: Exception) -> RuntimeError:
+        """What is raised where this rank has already exchanged tensors: the dense graph would exchange them again."""
+        return RuntimeError(
+            f"rank {torch.distributed.get_rank()}: the sparse graph of {self.name} failed with {type(error).__name__}: "
+            f"{error}. The other ranks are in the middle of it, so that this one cannot run dense instead. End all "
+            "ranks (torchrun does); svg2_compile.disable(pipe) on all of them runs dense."
+        )
 
     def _run_dense(self, plan: CallPlan, args: Sequence[Any]) -> Any:
         if self._failed:

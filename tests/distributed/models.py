@@ -8,6 +8,8 @@ import diffusers
 import torch
 import torch.distributed as dist
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from tests.e2e.pipelines import SmallPipeline, build
 
@@ -41,6 +43,16 @@ def parallel_build(name: str, heads: int = 4) -> SmallPipeline:
     if name == "ltx":
         # Diffusers repeats the mask of the text for all heads, of which a rank has a part only.
         small.pipe.transformer.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    return small
+
+
+def tensor_parallel(small: SmallPipeline) -> SmallPipeline:
+    """CogVideoX with the heads of every attention divided among the ranks, and all tokens on each of them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in small.pipe.transformer.transformer_blocks:
+        plan = {f"attn1.{name}": ColwiseParallel() for name in ("to_q", "to_k", "to_v")}
+        parallelize_module(block, mesh, {**plan, "attn1.to_out.0": RowwiseParallel()})
+        block.attn1.heads //= dist.get_world_size()
     return small
 
 

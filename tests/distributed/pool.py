@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-SECONDS = 300
+SECONDS = 120
 """A check that takes longer hangs."""
 
 
