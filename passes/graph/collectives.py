@@ -45,14 +45,24 @@ def is_collective(node: fx.Node) -> bool:
 
 
 def rank_groups(gm: fx.GraphModule) -> tuple[RankGroup, ...]:
-    """The groups that the collectives of a graph go over, in the order of the graph."""
+    """The groups that the collectives of a graph go over, those of DTensors included, in the order of the graph."""
     found: dict[str, RankGroup] = {}
     for node in gm.graph.nodes:
         if is_collective(node):
             name = _group_name(node)
             if name not in found:
                 found[name] = _group(name, node)
+        elif operator_name(node) == "redistribute":
+            found |= {group.name: group for group in _groups_of_mesh(node_value(node)) if group.name not in found}
     return tuple(found.values())
+
+
+def _groups_of_mesh(value: Any) -> list[RankGroup]:
+    """The groups that a DTensor lies on."""
+    mesh = getattr(value, "device_mesh", None)
+    groups = [] if mesh is None else mesh.get_all_groups()
+    distributed = torch.distributed
+    return [RankGroup(g.group_name, distributed.get_world_size(g), distributed.get_rank(g)) for g in groups]
 
 
 def _group_name(node: fx.Node) -> str:

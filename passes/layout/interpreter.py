@@ -32,7 +32,7 @@ from svg2_compile.passes.layout.in_place import last_writes
 from svg2_compile.passes.layout.lengths import known_number
 from svg2_compile.passes.layout.mode import AttentionAxes, LayoutMode, SharedValueWritten
 from svg2_compile.passes.layout.op_call import constant_axes, fit, sizes_of, unknown_axes
-from svg2_compile.passes.layout.rules.collective import sharded
+from svg2_compile.passes.layout.rules.collective import resharded, sharded
 from svg2_compile.passes.layout.shared_values import SharedValues
 
 log = logging.getLogger(__name__)
@@ -159,6 +159,8 @@ class _Interpreter:
         foreign = read_foreign(node)
         if foreign is not None:
             return self._foreign_attention(node, foreign)
+        if name in ("from_local", "redistribute", "to_local") and isinstance(args[0], torch.Tensor):
+            return self._fresh(value, resharded(self._mode.axes_of(args[0]), args[0], value), node)
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._call_subgraph(node, name, args, owner)
         return self._compute(node, args, kwargs)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-SECONDS = 120
+SECONDS = 300
 """A check that takes longer hangs."""
 
 

@@ -77,7 +77,7 @@ def test_tensor_parallel(two):
 
 
 def test_fully_sharded_weights(two):
-    for result in _videos(two, "wan", LENIENT, "fully sharded"):
+    for result in _videos(two, "wan", LENIENT, "fully sharded", True):
         assert result["dense"] < ROUNDING and _sparse(result)
 
 

@@ -84,6 +84,22 @@ def sharded(axis: Axis, size: sympy.Expr, ranks: int) -> Axis:
     return UNKNOWN if each is None else reshape((axis,), [size], [sympy.Integer(ranks), each])[1]
 
 
+def resharded(axes: Axes, before: torch.Tensor, after: torch.Tensor) -> Axes:
+    """`from_local`, `redistribute`, `to_local` of a DTensor, which counts as the whole tensor: shards put together or
+    taken, on the axes whose sizes change."""
+    result = []
+    for axis, old, new in zip(axes, sizes_of(before), sizes_of(after), strict=True):
+        if same_length(old, new):
+            result.append(axis)
+        elif (ranks := exact_quotient(old, new)) is not None and ranks.is_Integer:
+            result.append(sharded(axis, old, int(ranks)))
+        elif (ranks := exact_quotient(new, old)) is not None:
+            result.append(_with_ranks(_first_factor((axis,)), axis, ranks))
+        else:
+            result.append(UNKNOWN)
+    return tuple(result)
+
+
 def _axes_of_input(call: OpCall) -> Axes:
     return call.axes_of(next(call.tensors()))
 
