@@ -37,7 +37,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from svg2_compile.passes.graph.values import find_fake_mode, metadata_key
 from svg2_compile.passes.sparsify import Clustering, SparseSite
 
-__all__ = ["StateSlot", "StateSpec", "hoist_centroids"]
+__all__ = ["OrderSlot", "StateSlot", "StateSpec", "hoist_centroids"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,21 @@ class StateSlot:
 
 
 @dataclass(frozen=True)
+class OrderSlot:
+    """The order of one site's heads (see balance_heads): int64 [heads]."""
+
+    site_index: int
+    heads: int
+    ranks: int
+    group: str
+
+
+@dataclass(frozen=True)
 class StateSpec:
     """How the rewritten graph is called.
 
     Inputs:  the original ones, one centroid tensor per slot, ``seeded`` (bool tensor []), ``iters`` (int), and with
-             ``has_budget`` the density (float32 tensor []).
+             ``has_budget`` the density (float32 tensor []); then one order of heads (int64 [H]) per entry of orders.
     Outputs: the original ones, one centroid tensor per slot, one density tensor [B, H] per entry of density_sites.
     """
 
@@ -68,6 +78,7 @@ class StateSpec:
     num_outputs: int
     device: torch.device
     has_budget: bool = False
+    orders: tuple[OrderSlot, ...] = ()
 
 
 def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite], budget_input: bool = False) -> StateSpec:
@@ -93,6 +104,7 @@ def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite], budget_inpu
         for node in budgets:
             node.replace_all_uses_with(budget)
             _erase_unused(graph, node)
+    orders = _hoist_orders(graph, placeholders, sites)
     for _, side in clusterings:
         side.kmeans.update_arg(2, seeded)
         side.kmeans.update_arg(3, iters)
@@ -106,8 +118,23 @@ def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite], budget_inpu
     graph.lint()
     gm.recompile()
     return StateSpec(
-        tuple(slots), tuple(site.site.index for site in densities), num_inputs, num_outputs, device, bool(budgets)
+        *(tuple(slots), tuple(site.site.index for site in densities), num_inputs, num_outputs, device),
+        has_budget=bool(budgets),
+        orders=orders,
     )
+
+
+def _hoist_orders(graph: fx.Graph, placeholders: _Placeholders, sites: Sequence[SparseSite]) -> tuple[OrderSlot, ...]:
+    slots = []
+    for site in sites:
+        order = site.head_order
+        if order is not None:
+            index = site.site.index
+            state = placeholders.append(f"svg2_{index}_order", order.node)
+            order.node.replace_all_uses_with(state)
+            _erase_unused(graph, order.node)
+            slots.append(OrderSlot(index, order.heads, order.ranks, order.group))
+    return tuple(slots)
 
 
 class _Placeholders:

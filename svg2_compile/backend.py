@@ -122,9 +122,7 @@ class Svg2Backend:
             return self._without_sparse(name, dense, example_inputs)
         return program
 
-    def _without_sparse(
-        self, name: str, dense: CompiledGraph, example_inputs: Sequence[Any]
-    ) -> Callable[..., Any]:
+    def _without_sparse(self, name: str, dense: CompiledGraph, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The dense graph. Where other ranks run it as well, they are told that it has no sparse form here."""
         run = dense.compile(example_inputs)
         if not any(group.size > 1 for group in rank_groups(dense.gm)):

@@ -104,9 +104,14 @@ def rows() -> list[dict[str, Any]]:
                 calls = GUIDANCE_BRANCHES // chosen.branches
                 result.append(
                     {
-                        **{"video": video, "tokens": tokens, "gpus": gpus, "ulysses": chosen.ulysses},
-                        **{"branches_side_by_side": chosen.branches, "videos_side_by_side": chosen.videos},
-                        **{"attention": way, "step_seconds": calls * sum(parts.values())},
+                        "video": video,
+                        "tokens": tokens,
+                        "gpus": gpus,
+                        "ulysses": chosen.ulysses,
+                        "branches_side_by_side": chosen.branches,
+                        "videos_side_by_side": chosen.videos,
+                        "attention": way,
+                        "step_seconds": calls * sum(parts.values()),
                         "call_seconds": {name: round(value, 4) for name, value in parts.items()},
                     }
                 )
@@ -127,8 +132,12 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     results = rows()
     assumptions = {
-        **{"profile": "sm_90 of passes/cost_model.py", "linear_flops": LINEAR_FLOPS, "latency": LATENCY},
-        **{"node_bandwidth": NODE_BANDWIDTH, "network_bandwidth": NETWORK_BANDWIDTH, "density": DENSITY},
+        "profile": "sm_90 of passes/cost_model.py",
+        "linear_flops": LINEAR_FLOPS,
+        "latency": LATENCY,
+        "node_bandwidth": NODE_BANDWIDTH,
+        "network_bandwidth": NETWORK_BANDWIDTH,
+        "density": DENSITY,
     }
     path = write_results(
         "distributed_cost", results, kind="computed from a formula, nothing was measured", assumptions=assumptions

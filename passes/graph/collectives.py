@@ -1,7 +1,7 @@
-"""The functional collectives of a graph: over which groups of ranks they go, and which shard of a tensor is this rank's.
+"""The collectives of a graph: over which groups of ranks they go, and which shard of a tensor is this rank's.
 
-    tensor = torch.ops._c10d_functional.all_to_all_single(x, [768, 768], [768, 768], "0")     group "0"
-    chunk = tokens.chunk(2, dim=1);  shard = chunk[0]                                         on rank 0 of 2
+tensor = torch.ops._c10d_functional.all_to_all_single(x, [768, 768], [768, 768], "0")     group "0"
+chunk = tokens.chunk(2, dim=1);  shard = chunk[0]                                         on rank 0 of 2
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def _patched_config() -> Any:
         "reorderable_logging_functions": config.reorderable_logging_functions | {warnings.warn, print},
     }
     # Its name before it took functions as well.
-    ignored = next((name for name in ("ignore_logging_functions", "ignore_logger_methods") if hasattr(config, name)), None)
+    ignored = next(
+        (name for name in ("ignore_logging_functions", "ignore_logger_methods") if hasattr(config, name)), None
+    )
     if ignored is not None:
         patches[ignored] = getattr(config, ignored) | untraced_messages()
     return config.patch(patches)

@@ -1,8 +1,9 @@
 """What the ranks of a process group decide together, so that no two of them run different graphs.
 
 Tokens that are exchanged in the middle of a graph (Ulysses) need all ranks to be in the same one. What decides which
-that is, options and what became of every attention, is on every rank, and is compared: when a graph is first called, and
-where it is sparse, at its first call in every video. A rank for which something differs makes all of them dense.
+that is, options and what became of every attention, is on every rank, and is compared: when a graph is first called,
+and where it is sparse, at its first call in every video. The sparse graph is compiled by then, so that it is known
+whether it can be. A rank for which something differs makes all of them dense.
 
 One exchange of a few hundred bytes for each video and graph; none in between.
 """
@@ -25,12 +26,12 @@ RANKS_DIFFER = "ranks_differ"
 """Why a graph is dense that is sparse as far as this rank is concerned."""
 
 # Options that make no rank run another graph than the others.
-_PRIVATE = frozenset({"dump_dir", "store_limit_mb", "strict", "collect_stats", "inner_backend", "inductor_mode"})
+_PRIVATE = frozenset({"dump_dir", "strict", "inner_backend", "inductor_mode"})
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What was agreed on. sparse: every rank may run the sparse graph. differing: in what the ranks differ, in words."""
+    """What was agreed on. sparse: every rank may run the sparse graph. differing: in what ranks differ, in words."""
 
     sparse: bool
     differing: str = ""

@@ -15,6 +15,7 @@ from svg2_compile.passes.graph.collectives import rank_groups
 from svg2_compile.passes.hoist_centroids import StateSpec
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.runtime.agreement import Terms
+from svg2_compile.runtime.balance import initial_orders, rebalanced
 from svg2_compile.runtime.history import CallRecord, qualified
 from svg2_compile.runtime.layers import LayerTable
 from svg2_compile.runtime.session import CallPlan, Session, running_plan
@@ -91,27 +92,34 @@ class DenoisingProgram:
             self.session.ran_dense(self, args)
             return self.dense(*args)
         plan = self.session.plan(self, args)
-        began = False
         if not plan.sparse or self._failed:
             return self._run_dense(plan, args)
         try:
-            self.sparse.compile()
-            began = True
             return self._run_sparse(self.sparse, self.spec, plan, args)
         except Exception as error:
-            # Among ranks a video goes on: one that began another would wait for what the others have to say of it.
-            if began or not self.groups:
-                self.session.fail(plan)
+            self.session.fail(plan)
             if self.session.config.strict:
                 raise
             self._failed = True
-            if began and self.groups:
+            if self.groups:
                 raise self._other_ranks_wait(error) from error
             self.session.watch.graph_failed(self.name, error)
         except BaseException:  # an interrupt
             self.session.fail(plan)
             raise
         return self._run_dense(plan, args)
+
+    def prepare(self) -> None:
+        """Compile the sparse graph now. Where that fails, the dense one runs from now on."""
+        if self.sparse is None or self._failed:
+            return
+        try:
+            self.sparse.compile()
+        except Exception as error:
+            if self.session.config.strict:
+                raise
+            self._failed = True
+            self.session.watch.graph_failed(self.name, error)
 
     def _other_ranks_wait(self, error: Exception) -> RuntimeError:
         """What is raised where this rank has already exchanged tensors: the dense graph would exchange them again."""
@@ -136,12 +144,16 @@ class DenoisingProgram:
             carried = store.fetch(standing.video, plan.layer, key, last=standing.is_last)
         seeded = carried is not None
         iters = config.step_iters if seeded else config.init_iters
-        state = carried or tuple(torch.zeros(shape, dtype=torch.float32, device=spec.device) for shape in shapes)
+        state = carried or [torch.zeros(shape, dtype=torch.float32, device=spec.device) for shape in shapes]
+        orders = state[len(shapes) :] if seeded else initial_orders(spec)
         with running_plan(plan):
-            outputs = graph(*args, *state, self._flag(seeded), iters)
+            outputs = graph(*args, *state[: len(shapes)], self._flag(seeded), iters, *orders)
         end = spec.num_outputs + len(spec.slots)
         if standing is not None and not standing.is_last:
-            store.put(standing.video, plan.layer, key, self._keep(outputs[spec.num_outputs : end]))
+            kept = self._keep(outputs[spec.num_outputs : end])
+            if spec.orders and not seeded:
+                kept, orders = rebalanced(spec, kept, outputs[end:], orders)
+            store.put(standing.video, plan.layer, key, [*kept, *orders])
         densities = {
             self._site_names[index]: density for index, density in zip(spec.density_sites, outputs[end:], strict=True)
         }

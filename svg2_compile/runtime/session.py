@@ -70,6 +70,9 @@ class Program(Protocol):
     def failed(self) -> bool:
         """Whether the sparse graph does not run any more."""
 
+    def prepare(self) -> None:
+        """Compile the sparse graph now."""
+
     def site_reports(self) -> list[SiteReport]:
         """Every attention of the program's graph."""
 
@@ -161,6 +164,7 @@ class Session:
             return first
         known = None if located is None else located[0].terms.get(program.number)
         if known is None:
+            program.prepare()
             known = agree(
                 program.groups,
                 self._facts(program, located),

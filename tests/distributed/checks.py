@@ -15,10 +15,10 @@ from torch.distributed.fsdp import fully_shard
 import svg2_compile
 from svg2_compile import backend
 from svg2_compile.codegen import inner_backend
+from svg2_compile.runtime import program
 from tests.distributed.models import parallel_build, split, tensor_parallel
 from tests.e2e.pipelines import SmallPipeline
 from tests.support import IDENTITY
-
 
 STEPS = 2
 
@@ -80,6 +80,23 @@ HOW: dict[str, Callable[[SmallPipeline, str], SmallPipeline]] = {
     "tensor parallel": lambda small, name: tensor_parallel(small),
     "fully sharded": _fully_sharded,
 }
+
+
+def balanced(name: str, options: dict[str, Any], how: str = "ulysses") -> dict[str, Any]:
+    """As :func:`videos` with balanced heads. orders: that were dealt, by call."""
+    orders: list[list[list[int]]] = []
+    plain = program.rebalanced
+
+    def watched(*args: Any) -> Any:
+        result = plain(*args)
+        orders.append([order.tolist() for order in result[1]])
+        return result
+
+    program.rebalanced = watched
+    try:
+        return {**videos(name, {**options, "balance_heads": True}, how), "orders": orders}
+    finally:
+        program.rebalanced = plain
 
 
 def plainly_compiled(name: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _serve(rank: int, size: int, store: str, end: Connection) -> None:
             break
         try:
             end.send(("done", function(*args)))
-        except Exception:
+        except Exception:  # noqa: BLE001  (told to who asked)
             end.send(("failed", traceback.format_exc()))
         torch._dynamo.reset()
     dist.destroy_process_group()

@@ -14,8 +14,13 @@ from tests.support import IDENTITY, SELECTION
 # Several orders of summation, a few layers and steps apart.
 ROUNDING = 1e-5
 POOLED: dict[str, Any] = {
-    **{**IDENTITY, "top_p": None, "density": 0.5, "compensation": "first_order"},
-    **{"routing": "auto", "budget": "layer", "min_k_ratio": 0.0},
+    **IDENTITY,
+    "top_p": None,
+    "density": 0.5,
+    "compensation": "first_order",
+    "routing": "auto",
+    "budget": "layer",
+    "min_k_ratio": 0.0,
 }
 LENIENT = {**IDENTITY, "strict": False}
 
@@ -65,6 +70,16 @@ def test_pooled_budgets_are_those_of_the_heads_of_a_rank(two):
         assert result["alone"] < 0.02 and result["dense"] < 0.05 and _sparse(result)
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_balanced_heads_compute_the_same(two, name):
+    """Where every head selects for itself, it does not matter which rank has it."""
+    own, other = two.run(checks.balanced, name, SELECTION)
+    assert own["alone"] < ROUNDING and own["second"] == 0.0 and own["orders"] == other["orders"]
+    orders = [order for call in own["orders"] for order in call]
+    assert orders and all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert any(order != [0, 1, 2, 3] for order in orders)
+
+
 def test_plain_torch_compile(two):
     for result in two.run(checks.plainly_compiled, "wan"):
         assert result["dense"] < ROUNDING and result["graphs"] == {"sparse"}
@@ -102,15 +117,10 @@ def test_ranks_with_other_options_are_all_dense(two, options):
     assert own["reasons"] == {"ranks_differ"} and "sparse" not in other["reasons"]
 
 
-def test_a_rank_that_cannot_compile_makes_all_dense(two):
-    own, other = two.run(checks.with_a_failing_compiler, "wan", "at once")
+@pytest.mark.parametrize("when", ["at once", "lazily"])
+def test_a_rank_that_cannot_compile_makes_all_dense(two, when):
+    own, other = two.run(checks.with_a_failing_compiler, "wan", when)
     assert own["dense"] < ROUNDING and other["dense"] < ROUNDING
-    assert own["reasons"] == [["ranks_differ"]] * 3 and other["reasons"] == [[]] * 3
-
-
-def test_a_rank_that_cannot_compile_in_the_middle_of_a_video_is_dense_alone(two):
-    """Its heads are: the collectives are the same in both graphs. From the next video on, all are."""
-    own, other = two.run(checks.with_a_failing_compiler, "wan", "lazily")
-    assert own["dense"] < ROUNDING and other["dense"] < ROUNDING
-    assert own["reasons"] == [["dense_steps", "sparse"], *[["dense_steps", "ranks_differ"]] * 2]
-    assert other["reasons"] == [["dense_steps", "failed"], ["failed"], ["failed"]]
+    dense_steps = ["dense_steps"] if when == "lazily" else []
+    assert own["reasons"] == [[*dense_steps, "ranks_differ"]] * 3
+    assert all(set(reasons) <= {"failed"} for reasons in other["reasons"])
