@@ -151,7 +151,7 @@ def _user(node: Any) -> Any:
 
 def _moved(node: fx.Node, rank: int) -> list[int]:
     """Where the axes of a permutation or transposition come from."""
-    given = list(node.args[1:])
+    given: list[Any] = list(node.args[1:])
     if operator_name(node) == "permute":
         axes = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
         return [int(axis) % rank for axis in axes]

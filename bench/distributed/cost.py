@@ -9,7 +9,8 @@ attention all N of them for H / W heads:
     exchange      4 tensors (query, key, value, output) of N C / W elements, of which (W - 1) / W leave the rank
     dense         4 N^2 C / W FLOPs
     sparse        passes/cost_model.py with H / W heads: k-means, permutation, selection, the selected blocks
-    imbalance     pooled budgets: all ranks wait for that with the largest share of the selected blocks
+    imbalance     with top_p, all ranks wait for that with the largest share of the selected blocks; with one budget
+                  for the heads of a rank (the default) they have equally much to do
     agreement     one exchange of a few hundred bytes for each video and graph: left out
 
 Throughputs of the GPU are those of the cost model's sm_90 profile, bandwidths those below: assumptions all of them.
@@ -72,9 +73,17 @@ def seconds(tokens: int, ranks: int, density: float | None, imbalance: float = 1
     """One call of the model, by its parts. density: None for dense attention."""
     _, profile = profile_named("cuda:sm_90")
     cost = CostInputs(
-        **{"video": tokens, "context": 0, "groups": HEADS // ranks, "head_dim": HEAD_DIM, "iters": STEP_ITERS},
-        **{"num_q_clusters": QUERY_CLUSTERS.count(tokens), "num_k_clusters": KEY_CLUSTERS.count(tokens)},
-        **{"density": density or 1.0, "compensation": True, "error_routing": True, "first_order": True},
+        video=tokens,
+        context=0,
+        groups=HEADS // ranks,
+        head_dim=HEAD_DIM,
+        num_q_clusters=QUERY_CLUSTERS.count(tokens),
+        num_k_clusters=KEY_CLUSTERS.count(tokens),
+        iters=STEP_ITERS,
+        density=density or 1.0,
+        compensation=True,
+        error_routing=True,
+        first_order=True,
     )
     cross = 4 * WIDTH**2 + 4 * TEXT * WIDTH
     linear = tokens * (8 * WIDTH**2 + 4 * WIDTH * FEED_FORWARD + cross) / ranks / LINEAR_FLOPS

@@ -145,7 +145,11 @@ def _read_packed(node: fx.Node) -> AttentionCall | UnreadableAttention | None:
 
 
 def _is_aten(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+    """Whether a node calls an operator of ATen, one overload of it (ATen graphs) or all (torch-level graphs)."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.startswith("aten::")
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
 
 
 def _is_foreign(node: fx.Node, name: str) -> bool:

@@ -7,7 +7,7 @@ chunk = tokens.chunk(2, dim=1);  shard = chunk[0]                               
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from svg2_compile.passes.graph.nodes import bind_arguments, operator_name
 from svg2_compile.passes.graph.values import node_value
 
-__all__ = ["NAMESPACES", "RankGroup", "is_collective", "rank_groups", "sharding_nodes"]
+__all__ = ["NAMESPACES", "RankGroup", "is_collective", "process_group", "rank_groups", "sharding_nodes"]
 
 NAMESPACES = ("_c10d_functional", "c10d_functional", "_c10d_functional_autograd")
 _SPLITS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"})
@@ -74,7 +74,7 @@ def _group(name: str, node: fx.Node) -> RankGroup:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         try:
-            group = distributed.distributed_c10d._resolve_process_group(name)
+            group = process_group(name)
         except (RuntimeError, LookupError, ValueError, TypeError):
             return RankGroup(name, _size_in_arguments(node), None)
         return RankGroup(name, distributed.get_world_size(group), distributed.get_rank(group))
@@ -89,6 +89,12 @@ def _size_in_arguments(node: fx.Node) -> int:
     splits = arguments.get("output_split_sizes")
     size = len(splits) if isinstance(splits, Sequence) else arguments.get("group_size", 0)
     return size if isinstance(size, int) else 0
+
+
+def process_group(name: str) -> Any:
+    """The process group that functional collectives know by a name."""
+    resolve: Callable[[Any], Any] = torch.distributed.distributed_c10d._resolve_process_group
+    return resolve(name)
 
 
 def sharding_nodes(gm: fx.GraphModule, groups: Sequence[RankGroup]) -> dict[fx.Node, int]:

@@ -38,8 +38,11 @@ def bind_arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
 
     Operators of a library bring their schema; ``names`` are the positional names of everything else.
     """
-    if isinstance(node.target, torch._ops.OpOverload):
-        names = tuple(argument.name for argument in node.target._schema.arguments)
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
+        target = getattr(target, target.overloads()[0])
+    if isinstance(target, torch._ops.OpOverload):
+        names = tuple(argument.name for argument in target._schema.arguments)
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 

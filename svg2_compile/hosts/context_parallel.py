@@ -23,9 +23,9 @@ def prepare_hooks(module: nn.Module) -> None:
         metadata = getattr(hook, "module_forward_metadata", None)
         if getattr(metadata, "cached_parameter_indices", 0) is not None:
             continue
-        cls = getattr(metadata, "_cls", None)
-        if isinstance(cls, type) and callable(getattr(cls, "forward", None)):
-            names = list(inspect.signature(cls.forward).parameters)[1:]
+        forward = getattr(getattr(metadata, "_cls", None), "forward", None)
+        if callable(forward):
+            names = list(inspect.signature(forward).parameters)[1:]
             metadata.cached_parameter_indices = {name: place for place, name in enumerate(names)}  # type: ignore[union-attr]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from svg2_compile.logs.logger import Once
+from svg2_compile.passes.graph.collectives import process_group
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["RANKS_DIFFER", "Terms", "agree", "option_facts"]
@@ -71,7 +72,7 @@ def agree(groups: Sequence[str], facts: Mapping[str, Any], sparse: bool, name: s
 
 def _gathered(group: str, mine: Any) -> list[Any]:
     distributed = torch.distributed
-    resolved = distributed.distributed_c10d._resolve_process_group(group)
+    resolved = process_group(group)
     answers: list[Any] = [None] * distributed.get_world_size(resolved)
     distributed.all_gather_object(answers, mine, group=resolved)
     return answers

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from svg2_compile.passes.graph.collectives import process_group
 from svg2_compile.passes.hoist_centroids import OrderSlot, StateSpec
 
 __all__ = ["dealt", "initial_orders", "rebalanced"]
@@ -54,7 +55,8 @@ def rebalanced(
         loads = torch.empty(slot.heads, device=density.device)
         loads[order] = _of_all_ranks(slot, density[None])[0]
         new = dealt(loads, slot.ranks)
-        own = torch.argsort(order)[new].chunk(slot.ranks)[_rank(slot)]
+        rank = torch.distributed.get_rank(process_group(slot.group))
+        own = torch.argsort(order)[new].chunk(slot.ranks)[rank]
         for index, state in enumerate(spec.slots):
             if state.site_index == slot.site_index:
                 result[index] = _of_all_ranks(slot, centroids[index])[:, own]
@@ -66,14 +68,5 @@ def _of_all_ranks(slot: OrderSlot, own: Tensor) -> Tensor:
     """[B, H / W, ...] of every rank as [B, H, ...], in the order of the ranks."""
     heads_first = own.transpose(0, 1).contiguous()
     gathered = heads_first.new_empty((slot.heads, *heads_first.shape[1:]))
-    torch.distributed.all_gather_into_tensor(gathered, heads_first, group=_group(slot))
+    torch.distributed.all_gather_into_tensor(gathered, heads_first, group=process_group(slot.group))
     return gathered.transpose(0, 1)
-
-
-def _group(slot: OrderSlot) -> torch.distributed.ProcessGroup:
-    group: torch.distributed.ProcessGroup = torch.distributed.distributed_c10d._resolve_process_group(slot.group)
-    return group
-
-
-def _rank(slot: OrderSlot) -> int:
-    return torch.distributed.get_rank(_group(slot))

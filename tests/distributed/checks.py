@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -67,7 +69,13 @@ def _ring(small: SmallPipeline, name: str) -> SmallPipeline:
     return split(small, name, **degrees)
 
 
+_native_forward = attention_dispatch._native_attention_forward_op
+
+
 def _with_log_sum_exp(ctx: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    *_, return_lse = args
+    if not return_lse:
+        return _native_forward(ctx, query, key, value, *args, **kwargs)
     tensors = (tensor.transpose(1, 2) for tensor in (query, key, value))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors)
     return out.transpose(1, 2), lse.transpose(1, 2)
@@ -92,11 +100,8 @@ def balanced(name: str, options: dict[str, Any], how: str = "ulysses") -> dict[s
         orders.append([order.tolist() for order in result[1]])
         return result
 
-    program.rebalanced = watched
-    try:
+    with mock.patch.object(program, "rebalanced", watched):
         return {**videos(name, {**options, "balance_heads": True}, how), "orders": orders}
-    finally:
-        program.rebalanced = plain
 
 
 def plainly_compiled(name: str) -> dict[str, Any]:
@@ -134,21 +139,16 @@ def with_a_failing_compiler(name: str, when: str) -> dict[str, Any]:
     options = {**IDENTITY, "strict": False}
     if when == "lazily":
         options["dense_steps"] = 1
-    if dist.get_rank() == 1:
-        options["inner_backend"] = "eager"
-        plain = inner_backend.compile_inner
-        backend.compile_inner = lambda gm, *args, **kwargs: _failing(gm, plain, *args, **kwargs)
-    try:
-        with svg2_compile.enable(small.pipe, **options) as enabled:
-            results = [small.run(steps=STEPS) for _ in range(3)]
-            runs = enabled.report().runs
-    finally:
-        backend.compile_inner = inner_backend.compile_inner
+    plain = inner_backend.compile_inner
+    failing = functools.partial(_failing, plain) if dist.get_rank() == 1 else plain
+    with mock.patch.object(backend, "compile_inner", failing), svg2_compile.enable(small.pipe, **options) as enabled:
+        results = [small.run(steps=STEPS) for _ in range(3)]
+        runs = enabled.report().runs
     reasons = [sorted({run.reason for run in runs if run.video == video}) for video in range(3)]
     return {"dense": max(_error(result, dense) for result in results), "reasons": reasons}
 
 
-def _failing(gm: torch.fx.GraphModule, plain: Any, *args: Any, **kwargs: Any) -> Any:
+def _failing(plain: Any, gm: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     if any("svg2" in str(node.target) for node in gm.graph.nodes):
         raise RuntimeError("this rank has no compiler")
     return plain(gm, *args, **kwargs)
