@@ -16,6 +16,7 @@ from svg2_compile.logs.dumps import dump_graph
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.find import find_attention
+from svg2_compile.passes.balance_heads import balance_heads
 from svg2_compile.passes.canonical import canonical_sites, erase_unused
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
 from svg2_compile.passes.decide_sites import decide_sites
@@ -195,8 +196,9 @@ def _guard_sizes(c: Compilation) -> None:
 
 def _sparsify(c: Compilation) -> None:
     _guard_sizes(c)
+    orders = balance_heads(c.gm, c.sites) if c.config.balance_heads else {}
     sites = canonical_sites(c.gm, c.sites)
-    c.sparse_sites = sparsify(c.gm, sites, c.config.sparsity_policy())
+    c.sparse_sites = sparsify(c.gm, sites, c.config.sparsity_policy(), orders)
     erase_unused(c.gm, sites)
 
 

@@ -35,7 +35,7 @@ ROOMS = {
     "settings": "passes",
     "codegen": "logs passes.graph",
     "reporting": "settings passes kernels.triton",
-    "runtime": "codegen logs passes reporting settings",
+    "runtime": "codegen logs passes passes.graph reporting settings",
     "pipeline": "logs passes passes.attention reporting settings",
     "backend": "codegen logs passes.graph pipeline reporting runtime settings",
     "hosts": "backend logs passes.graph reporting runtime",

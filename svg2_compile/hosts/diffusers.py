@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -41,7 +41,7 @@ def repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
     """The blocks that repeat, by path: those that a diffusers class declares, else composite items of ModuleLists."""
     declared = getattr(module, "_repeated_blocks", None)
     if declared:
-        blocks = {path: child for path, child in module.named_modules() if type(child).__name__ in declared}
+        blocks = {path: child for path, child in module.named_modules() if _is_any_of(child, declared)}
     else:
         blocks = {
             f"{path}.{index}": block
@@ -55,6 +55,11 @@ def repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
     if not blocks:
         raise ValueError(f"regional=True: {type(module).__name__} has no repeated blocks; use regional=False")
     return blocks
+
+
+def _is_any_of(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether the class of a module has one of the names. FSDP makes a subclass of it, with another name."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
 class _NamedBranches:

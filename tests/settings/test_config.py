@@ -273,6 +273,7 @@ def test_cache_key_covers_every_setting() -> None:
         "compensation": "none",
         "routing": "score",
         "budget": "row",
+        "balance_heads": True,
         "inner_backend": "eager",
         "inductor_mode": "max-autotune",
         "strict": True,
