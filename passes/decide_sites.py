@@ -26,14 +26,15 @@ from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATION
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_padding
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
+from svg2_compile.passes.expected_gain import cluster_counts, traced_video_tokens, with_expected_gain
 from svg2_compile.passes.graph.nodes import is_projected
 from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.layout.axes import Factor
 from svg2_compile.passes.layout.lengths import same_length, size_expr
-from svg2_compile.passes.sites import Site, SitePolicy, Skip, StaysDense, dense_layer_count, dense_layer_detail
+from svg2_compile.passes.sites import Site, SitePolicy, Skip, dense_layer_count, dense_layer_detail
+from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.token_layout import TokenLayouts
-from svg2_compile.passes.worth import cluster_counts, traced_video_tokens, with_expected_gain
 
 __all__ = ["decide_sites"]
 

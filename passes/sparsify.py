@@ -116,6 +116,9 @@ class _SiteRewriter:
         density = None
         if self.policy.collect_stats:
             density = build.call(_svg2.block_density.default, q_offsets, k_offsets, attention.block_map, name="density")
+            if self.site.dense_share is not None:
+                ones = build.call(torch.ops.aten.ones_like.default, density)
+                density = build.call(torch.ops.aten.lerp.Tensor, density, ones, self.site.dense_share)
         self._replace(out)
         guard = (attention.budget, attention.next_budget, attention.errors, attention.error)
         return SparseSite(self.site, query_side, key_side, density, *guard)

@@ -24,6 +24,7 @@ ROOMS = {
     "kernels.tuning": "",
     "kernels.reference": "",
     "kernels.cpu": "kernels kernels.tuning",
+    "kernels.cpu.native": "kernels.cpu",
     "kernels.triton": "kernels kernels.tuning",
     "kernels.autotune": "kernels kernels.triton kernels.tuning",
     "passes.graph": "",

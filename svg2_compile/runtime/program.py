@@ -14,7 +14,7 @@ from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.codegen.symbols import SymbolBinder
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.hoist_centroids import StateSpec
-from svg2_compile.passes.sites import StaysDense
+from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.runtime.budgets import late_copy, which_are_given_up
