@@ -30,7 +30,7 @@ def test_parts_are_left_out_one_by_one() -> None:
     block_map = sparse.select_of_layer(0.1)
     whole = sparse.attend_to_first_order(block_map)
     everything = sparse.attend_to_first_order(block_map, Parts(mass=True, residual=True, slope="cluster"))
-    assert torch.equal(everything, whole)
+    torch.testing.assert_close(everything, whole, rtol=1e-5, atol=1e-5)  # native code may run one of them
     none = sparse.attend_to_first_order(block_map, Parts(mass=False, residual=False, slope="none"))
     torch.testing.assert_close(none, sparse.attend(block_map, compensation=True), rtol=1e-5, atol=1e-5)
     for left in (Parts(False, True, "cluster"), Parts(True, False, "cluster"), Parts(True, True, "none")):
