@@ -8,8 +8,8 @@ Dense is scaled_dot_product_attention on the same query, key and value. "attenti
 alone; "everything" adds k-means (a step's default iterations, from warm centroids), selection, ordering, permutation
 and un-permutation. As SVG2 publishes it, with the centroid compensation and error routing of SVG-EAR, and with the
 default: first-order compensation and one budget for all heads. "flex" is FlexAttention with a mask of 128 x 128 blocks
-of equal density, "sgemm" the machine's matrix product, "aten" the default without native code. All of them take turns in
-one run. A shape is timed only after its results were compared with exact attention.
+of equal density, "sgemm" the machine's matrix product, "aten" the default without native code. All of them take turns
+in one run. A shape is timed only after its results were compared with exact attention.
 """
 
 from __future__ import annotations
