@@ -62,7 +62,7 @@ endif
 
 # Each with a library of its own; Python is not instrumented, so that the sanitizer is loaded before it.
 CXX ?= g++
-NATIVE_TESTS := $(BIN)/python -m pytest -q -p no:xdist tests/kernels/cpu -k "native and not random and not processes"
+NATIVE_TESTS := $(BIN)/python -m pytest -q -p no:xdist tests/kernels/cpu -k "native and not random and not processes and not dtypes"
 SANITIZED = SVG2_NATIVE_FLAGS="-g $(1)" LD_PRELOAD="$(foreach l,$(2),$(shell $(CXX) -print-file-name=$(l)))" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/.ci/tsan-suppressions.txt $(NATIVE_TESTS)

@@ -59,7 +59,7 @@ CPU = DeviceProfile(
     cluster_overhead=2e-5,
     head_overhead=2e-4,
     call_overhead=5e-4,
-    source="fitted to the processor time of the stages of bench/cpu_attention, 2 cores: float32, 4,096 to 16,384 tokens",
+    source="fitted to the stages of bench/cpu_attention on 2 cores: float32, 4,096 to 16,384 tokens",
 )
 # Devices without kernels of their own run the readable reference, which is there to be right.
 REFERENCE = DeviceProfile(
