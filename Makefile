@@ -2,6 +2,7 @@
 #   make demo    a video transformer, dense and sparse, side by side
 #   make test    lint, types and the whole test suite
 #   make lint    ruff and mypy alone
+#   make sanitize   the tests of native code under the address, undefined-behaviour and thread sanitizers
 #   make bench   the CPU benchmarks; results in bench/results/
 #   make bench-gpu   on a machine with a CUDA device: kernels against dense attention and the peers
 
@@ -20,7 +21,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 NEWEST_TRITON := 3.9.0
 NEWEST_STAMP  := .triton-newest/.installed-$(NEWEST_TRITON)
 
-.PHONY: demo test lint types unit newest-triton bench bench-gpu install clean
+.PHONY: demo test lint types unit newest-triton sanitize bench bench-gpu install clean
 .DEFAULT_GOAL := test
 
 # Installed once, and again when what is to be installed has changed.
@@ -58,6 +59,17 @@ else
 newest-triton:
 	@echo "Triton is on PyPI for Linux only: its kernels are not checked here"
 endif
+
+# Each with a library of its own; Python is not instrumented, so that the sanitizer is loaded before it.
+CXX ?= g++
+NATIVE_TESTS := $(BIN)/python -m pytest -q -p no:xdist tests/kernels/cpu -k "native and not random and not processes and not dtypes"
+SANITIZED = SVG2_NATIVE_FLAGS="-g $(1)" LD_PRELOAD="$(foreach l,$(2),$(shell $(CXX) -print-file-name=$(l)))" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/.ci/tsan-suppressions.txt $(NATIVE_TESTS)
+
+sanitize: $(STAMP)
+	$(call SANITIZED,-fsanitize=address -fsanitize=undefined -fno-sanitize-recover=undefined,libasan.so libubsan.so libstdc++.so)
+	$(call SANITIZED,-fsanitize=thread -DSVG2_STD_THREADS,libtsan.so libstdc++.so)
 
 unit: $(STAMP)
 	$(PYTEST)

@@ -1,4 +1,4 @@
-"""What the CPU benchmark compares with beside dense attention, and processes that keep the cores busy meanwhile."""
+"""What the CPU benchmark compares with beside dense attention, and other processes that keep the cores busy."""
 
 from __future__ import annotations
 

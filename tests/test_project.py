@@ -44,8 +44,8 @@ ROOMS = {
     "api": "backend export hosts reporting runtime settings",
     "minidit": "",
     "compare": "api minidit kernels reporting runtime settings",
-    "tools": "codegen compare explanation export kernels kernels.autotune kernels.tuning logs minidit passes pipeline "
-    "reporting settings",
+    "tools": "codegen compare explanation export kernels kernels.autotune kernels.cpu.native kernels.tuning logs "
+    "minidit passes pipeline reporting settings",
     "cli": "compare export settings tools",
     "__init__": "api compare explanation export hosts reporting runtime settings",
 }

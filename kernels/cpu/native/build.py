@@ -5,7 +5,8 @@ PyTorch or Python, no build tool. They are compiled for the very machine, so tha
 depends on: sources, compiler, flags, the processor's instructions, and the versions of this package and of PyTorch. The
 compiler is the one that Inductor would take.
 
-``SVG2_NATIVE=0`` switches native code off, ``SVG2_CACHE_DIR`` moves the compiled file.
+``SVG2_NATIVE=0`` switches native code off, ``SVG2_CACHE_DIR`` moves the compiled file, and ``SVG2_NATIVE_FLAGS`` are
+further flags for the compiler, such as those of a sanitizer.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import platformdirs
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-__all__ = ["SWITCH", "Native", "native"]
+__all__ = ["Native", "NotBuilt", "native"]
 
 SWITCH = "SVG2_NATIVE"
+MORE_FLAGS = "SVG2_NATIVE_FLAGS"
 SECONDS = 300  # that a compiler may take, and that another process may wait for it
 
 _SOURCES = Path(__file__).resolve().parent
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden")
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
 _log = logging.getLogger("svg2_compile.kernels")
 
 
@@ -62,7 +65,7 @@ def native() -> Native:
         compiler = find_compiler()
         path = built(compiler, sources(_SOURCES), cache_dir())
         return Native(ctypes.CDLL(str(path)), f"{path}, compiled by {compiler}")
-    except (NotBuilt, OSError) as problem:
+    except (NotBuilt, OSError, Timeout) as problem:
         _log.warning("CPU kernels run without native code, which is slower: %s (%s=0 says nothing)", problem, SWITCH)
         return Native(None, str(problem))
 
@@ -89,10 +92,12 @@ def find_compiler() -> str:
 
 def flags() -> list[str]:
     """For this machine: its own instructions, and OpenMP as PyTorch's wheels have it."""
+    more = shlex.split(os.environ.get(MORE_FLAGS, ""))
     if sys.platform == "darwin":
-        return [*_FLAGS, "-Xclang", "-fopenmp", "-undefined", "dynamic_lookup"]
+        # Apple's compiler has no OpenMP library; its functions are those of the one that PyTorch has loaded.
+        return [*_FLAGS, "-Xclang", "-fopenmp", "-undefined", "dynamic_lookup", *more]
     # Of Clang, too, the runtime that PyTorch has loaded: a second one would have threads of its own.
-    return [*_FLAGS, "-march=native", "-fopenmp"]
+    return [*_FLAGS, "-march=native", "-fopenmp", *more]
 
 
 def sources(folder: Path) -> dict[Path, bytes]:
@@ -112,23 +117,31 @@ def built(compiler: str, files: dict[Path, bytes], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock"), timeout=SECONDS):
         if not path.exists():
-            _compile(compiler, [str(file) for file in files if file.suffix == ".cpp"], path)
+            _compile(compiler, [file for file in files if file.suffix == ".cpp"], path)
     return path
 
 
-def _compile(compiler: str, cpp_files: list[str], path: Path) -> None:
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    os.close(handle)
-    command = [*shlex.split(compiler), *flags(), *cpp_files, "-o", partial]
+def _compile(compiler: str, cpp_files: list[Path], path: Path) -> None:
+    """Every file on its own, all at the same time, and then linked."""
+    _log.info("compiling the native CPU kernels with %s, once for this machine", compiler)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.stem) as folder:
+        objects = [Path(folder) / f"{file.stem}.o" for file in cpp_files]
+        commands = [["-c", str(file), "-o", str(out)] for file, out in zip(cpp_files, objects, strict=True)]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(functools.partial(_run, compiler), commands))
+        library = Path(folder) / path.name
+        _run(compiler, ["-shared", *map(str, objects), "-o", str(library)])
+        os.replace(library, path)
+
+
+def _run(compiler: str, arguments: list[str]) -> None:
+    command = [*shlex.split(compiler), *flags(), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
-        if done.returncode != 0:
-            raise NotBuilt(f"{compiler} does not compile them: {_first_error(done.stderr)}")
-        os.replace(partial, path)
     except subprocess.TimeoutExpired:
         raise NotBuilt(f"{compiler} did not finish within {SECONDS} s") from None
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    if done.returncode != 0:
+        raise NotBuilt(f"{compiler} does not compile them: {_first_error(done.stderr)}")
 
 
 def _first_error(output: str) -> str:

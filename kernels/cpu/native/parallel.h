@@ -5,6 +5,10 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#if defined(SVG2_STD_THREADS)
+#include <thread>
+#include <vector>
+#endif
 
 // What Python finds in the library; everything else is hidden, and so called without a table.
 #define SVG2_EXPORT __attribute__((visibility("default")))
@@ -38,12 +42,22 @@ void for_each_item(int64_t count, int64_t threads, const Work& work) {
         return;
     }
     std::atomic<int64_t> next{0};
+#if defined(SVG2_STD_THREADS)  // for the thread sanitizer, which does not see what OpenMP's own library does
+    std::vector<std::thread> team;
+    for (int64_t thread = 0; thread < threads; ++thread) {
+        team.emplace_back([&, thread] {
+            for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item, thread);
+        });
+    }
+    for (std::thread& member : team) member.join();
+#else
     std::atomic<int64_t> thread_of{0};
 #pragma omp parallel num_threads((int)threads)
     {
         const int64_t thread = thread_of.fetch_add(1, std::memory_order_relaxed);
         for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item, thread);
     }
+#endif
 }
 
 }  // namespace svg2
