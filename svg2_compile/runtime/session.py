@@ -17,7 +17,7 @@ from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.logs.logger import Once, get_logger
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.reporting.report import Report
-from svg2_compile.runtime.agreement import RANKS_DIFFER, Terms, agree, option_facts
+from svg2_compile.runtime.agreement import RANKS_DIFFER, Terms, agreed
 from svg2_compile.runtime.centroid_store import CentroidStore
 from svg2_compile.runtime.dense_rules import DenseLayers, dense_step_reason
 from svg2_compile.runtime.history import RunHistory
@@ -67,8 +67,8 @@ class Program(Protocol):
     terms: Terms | None
 
     @property
-    def failed(self) -> bool:
-        """Whether the sparse graph does not run any more."""
+    def can_be_sparse(self) -> bool:
+        """Whether there is a sparse graph, and it has not failed."""
 
     def prepare(self) -> None:
         """Compile the sparse graph now."""
@@ -138,7 +138,8 @@ class Session:
             layer = program.layers.find(args, current_part(self), call, self._paths_of(call))
             located = self._locate(program, args, layer, call)
             plan = self._decide(program, layer, located, call)
-            if not self._agreed(program, located).sparse and plan.sparse:
+            terms = agreed(program, located, self.config, self.once)
+            if plan.sparse and not terms.sparse:
                 plan = replace(plan, sparse=False, reason=RANKS_DIFFER)
             if plan.request is not None:
                 plan.request.note(plan.sparse, plan.reason)
@@ -151,39 +152,8 @@ class Session:
         with self._lock:
             if call is not None and program.sites:
                 self._locate(program, args, None, call)
-            self._agreed(program, None)
+            agreed(program, None, self.config, self.once)
             self.watch.ran(call, has_attention=bool(program.sites))
-
-    def _agreed(self, program: Program, located: tuple[Request, Standing] | None) -> Terms:
-        """What the ranks that ``program`` talks to agreed on for this video."""
-        if not program.groups:
-            return Terms(True)
-        first = program.terms
-        # Graphs that are not sparse everywhere stay dense for good: nothing is exchanged any more.
-        if first is not None and (not first.sparse or located is None):
-            return first
-        known = None if located is None else located[0].terms.get(program.number)
-        if known is None:
-            program.prepare()
-            known = agree(
-                program.groups,
-                self._facts(program, located),
-                program.sparse is not None and not program.failed,
-                program.name,
-                self.once,
-            )
-            program.terms = first or known
-            if located is not None:
-                located[0].terms[program.number] = known
-        return known
-
-    def _facts(self, program: Program, located: tuple[Request, Standing] | None) -> dict[str, Any]:
-        standing = None if located is None else located[1]
-        facts: dict[str, Any] = option_facts(self.config)
-        facts |= {site.name: f"{site.decision} ({site.reason})" for site in program.sites}
-        if standing is not None:
-            facts |= {"step": standing.step, "num_steps": standing.num_steps}
-        return facts
 
     def _decide(
         self, program: Program, layer: Layer, located: tuple[Request, Standing] | None, call: ModelCall | None
