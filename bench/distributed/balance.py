@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a shorter video, nothing written")
     quick = parser.parse_args().quick
-    size, steps = (VideoSize(4, 64, 64), 4) if quick else (VideoSize(8, 64, 64), 8)
+    size, steps = (VideoSize(4, 64, 64), 4) if quick else (VideoSize(8, 64, 64), 4)
     results = [row for name, options in WAYS.items() for row in compare(name, densities(options, size, steps))]
     columns = ("selection", "ranks", "heads", "cases", "mean_share", "worst")
     print(markdown(columns, [[str(row[column]) for column in columns] for row in results]))

@@ -24,7 +24,7 @@ from svg2_compile.runtime.request import Request
 from svg2_compile.runtime.standing import Standing
 from svg2_compile.settings.config import Svg2Config
 
-__all__ = ["RANKS_DIFFER", "Terms", "agree", "agreed_on"]
+__all__ = ["RANKS_DIFFER", "Terms", "agreed"]
 
 RANKS_DIFFER = "ranks_differ"
 """Why a graph is dense that is sparse as far as this rank is concerned."""
@@ -41,34 +41,69 @@ class Terms:
     differing: str = ""
 
 
-def _option_facts(config: Svg2Config) -> dict[str, str]:
-    """The options that decide what runs, by name."""
-    return {
-        field.name: repr(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.name not in _PRIVATE
-    }
+class Talking(Protocol):
+    """What is known here of a program that talks to other ranks (see DenoisingProgram)."""
+
+    number: int
+    name: str
+    groups: tuple[str, ...]
+    terms: Terms | None
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def can_be_sparse(self) -> bool:
+        """Whether there is a sparse graph, and it has not failed."""
+
+    def prepare(self) -> None:
+        """Compile the sparse graph now."""
 
 
-def agree(groups: Sequence[str], facts: Mapping[str, Any], sparse: bool, name: str, once: Once) -> Terms:
-    """Compare ``facts`` among the ranks of ``groups``, one group after the other. Every rank of them has to call it.
+def agreed(program: Talking, located: tuple[Request, Standing] | None, config: Svg2Config, once: Once) -> Terms:
+    """What the ranks that ``program`` talks to agreed on for the video of a call. Every rank has to ask for it.
 
     Args:
-        groups: names of process groups, as functional collectives have them.
-        facts: what has to be equal, by name.
-        sparse: whether this rank could run the sparse graph.
-        name: of the graph, for messages.
+        program: which graph is called.
+        located: the request of the call and where it stands, None where nobody tells.
+        config: the options of this rank.
         once: says what differs.
     """
-    terms = Terms(sparse)
-    for group in groups:
+    if not program.groups:
+        return Terms(True)
+    first = program.terms
+    # Graphs that are not sparse everywhere stay dense for good: nothing is exchanged any more.
+    if first is not None and (not first.sparse or located is None):
+        return first
+    known: Terms | None = None if located is None else located[0].terms.get(program.number)
+    if known is None:
+        program.prepare()
+        known = _compared(program, _facts(program, located, config), once)
+        program.terms = first or known
+        if located is not None:
+            located[0].terms[program.number] = known
+    return known
+
+
+def _facts(program: Talking, located: tuple[Request, Standing] | None, config: Svg2Config) -> dict[str, Any]:
+    """What has to be equal on all ranks, by name: options, what became of every attention, where the call stands."""
+    options = [field.name for field in dataclasses.fields(config) if field.name not in _PRIVATE]
+    facts: dict[str, Any] = {name: repr(getattr(config, name)) for name in options}
+    facts |= {site.name: f"{site.decision} ({site.reason})" for site in program.sites}
+    if located is not None:
+        facts |= {"step": located[1].step, "num_steps": located[1].num_steps}
+    return facts
+
+
+def _compared(program: Talking, facts: Mapping[str, Any], once: Once) -> Terms:
+    """One group after the other, so that all groups know of all."""
+    terms = Terms(program.can_be_sparse)
+    for group in program.groups:
         terms = _combined(_gathered(group, (torch.distributed.get_rank(), dict(facts), terms)))
     if terms.differing:
         once.warning(
             f"{RANKS_DIFFER} {terms.differing}",
             "%s runs dense on all ranks, because they differ in %s. Give every rank the same options, versions and "
             "kind of device.",
-            *(name, terms.differing),
+            *(program.name, terms.differing),
         )
     return terms
 
@@ -93,51 +128,3 @@ def _combined(answers: Sequence[tuple[int, Mapping[str, Any], Terms]]) -> Terms:
             found.append(f"what became of the sparse graph (rank {dense} has none that runs)")
     differing = known or "; ".join(found[:3])
     return Terms(not differing and all(terms.sparse for _, _, terms in answers), differing)
-
-
-class Exchanging(Protocol):
-    """What is to be known here of a program whose graph exchanges tensors."""
-
-    number: int
-    name: str
-    sites: tuple[SiteReport, ...]
-    groups: tuple[str, ...]
-    terms: Terms | None
-
-    @property
-    def sparse(self) -> Any:
-        """The sparse graph, if there is one."""
-
-    @property
-    def failed(self) -> bool:
-        """Whether the sparse graph does not run any more."""
-
-    def prepare(self) -> None:
-        """Compile the sparse graph now."""
-
-
-def agreed_on(program: Exchanging, located: tuple[Request, Standing] | None, config: Svg2Config, once: Once) -> Terms:
-    """What the ranks that ``program`` talks to agreed on for the video of a call; asked once for each."""
-    if not program.groups:
-        return Terms(True)
-    first = program.terms
-    # Graphs that are not sparse everywhere stay dense for good: nothing is exchanged any more.
-    if first is not None and (not first.sparse or located is None):
-        return first
-    known = None if located is None else located[0].terms.get(program.number)
-    if known is None:
-        program.prepare()
-        able = program.sparse is not None and not program.failed
-        known = agree(program.groups, _facts(program, located, config), able, program.name, once)
-        program.terms = first or known
-        if located is not None:
-            located[0].terms[program.number] = known
-    return known
-
-
-def _facts(program: Exchanging, located: tuple[Request, Standing] | None, config: Svg2Config) -> dict[str, Any]:
-    facts: dict[str, Any] = _option_facts(config)
-    facts |= {site.name: f"{site.decision} ({site.reason})" for site in program.sites}
-    if located is not None:
-        facts |= {"step": located[1].step, "num_steps": located[1].num_steps}
-    return facts

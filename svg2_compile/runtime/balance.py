@@ -68,5 +68,5 @@ def _of_all_ranks(slot: OrderSlot, own: Tensor) -> Tensor:
     """[B, H / W, ...] of every rank as [B, H, ...], in the order of the ranks."""
     heads_first = own.transpose(0, 1).contiguous()
     gathered = heads_first.new_empty((slot.heads, *heads_first.shape[1:]))
-    torch.distributed.all_gather_into_tensor(gathered, heads_first, group=process_group(slot.group))
+    torch.distributed.all_gather(list(gathered.chunk(slot.ranks)), heads_first, group=process_group(slot.group))
     return gathered.transpose(0, 1)

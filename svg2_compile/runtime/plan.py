@@ -46,8 +46,8 @@ class Program(Protocol):
     terms: Terms | None
 
     @property
-    def failed(self) -> bool:
-        """Whether the sparse graph does not run any more."""
+    def can_be_sparse(self) -> bool:
+        """Whether there is a sparse graph, and it has not failed."""
 
     def prepare(self) -> None:
         """Compile the sparse graph now."""

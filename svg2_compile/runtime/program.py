@@ -90,9 +90,9 @@ class DenoisingProgram:
         session.programs.add(self)
 
     @property
-    def failed(self) -> bool:
-        """Whether the sparse graph raised, and the dense one runs in its place."""
-        return self._failed
+    def can_be_sparse(self) -> bool:
+        """Whether there is a sparse graph, and it has not failed."""
+        return self.sparse is not None and not self._failed
 
     def site_reports(self) -> list[SiteReport]:
         """Every attention of the graph; where it serves known layers, every attention of each of them."""

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.logs.logger import Once, get_logger
 from svg2_compile.reporting.report import Report
-from svg2_compile.runtime.agreement import RANKS_DIFFER, agreed_on
+from svg2_compile.runtime.agreement import RANKS_DIFFER, agreed
 from svg2_compile.runtime.centroid_store import CentroidStore
 from svg2_compile.runtime.dense_rules import DenseLayers, dense_step_reason
 from svg2_compile.runtime.densities import density_of_step
@@ -102,7 +102,8 @@ class Session:
             short = program.too_short(args) if plan.sparse else None
             if short is not None:
                 plan = replace(plan, sparse=False, reason=short)
-            if not agreed_on(program, located, self.config, self.once).sparse and plan.sparse:
+            terms = agreed(program, located, self.config, self.once)
+            if plan.sparse and not terms.sparse:
                 plan = replace(plan, sparse=False, reason=RANKS_DIFFER)
             if plan.request is not None:
                 plan.request.note(plan.sparse, plan.reason)
@@ -115,7 +116,7 @@ class Session:
         with self._lock:
             if call is not None and program.sites:
                 self._locate(program, args, None, call)
-            agreed_on(program, None, self.config, self.once)
+            agreed(program, None, self.config, self.once)
             self.watch.ran(call, has_attention=bool(program.sites))
 
     def _decide(
