@@ -31,8 +31,8 @@ class AttentionCall:
     out_axes: of the output, where it is not ``axes``. sequences: of a "nhd" call, all of one length. ends: an int
     tensor of two, the second of which is where the only sequence ends; what follows is padding. parted: the starts of
     queries and of keys where each of ``sequences`` rows is two sequences, whose lengths are data; the first is attended
-    sparsely. key_mask: which keys are attended. source: the operator with several outputs of which ``node`` is one. quantised: it computes with fewer
-    bits than its inputs have, by design.
+    sparsely. key_mask: which keys are attended. source: the operator with several outputs of which ``node`` is one.
+    quantised: it computes with fewer bits than its inputs have, by design.
     """
 
     node: fx.Node
