@@ -4,9 +4,9 @@
     [video, text | pad ] [video, text    | pad]
 
 The first sequences become sparse. What lies behind them is attended by the operator that was there, on the same
-tensors, with starts of which only one sequence is not empty: tokens of the padding attend to each other, bit for bit as
-before. That the rows lie so is asked of the starts on the device, without a read by the host. Where they do not, the
-operator gets the starts that came, and its result is the result: no assumption about data is left.
+tensors, with starts of which only one sequence is not empty: padding attends to padding, bit for bit as before.
+That the rows lie so is asked of the starts on the device, without a read by the host. Where they do not, the operator
+gets the starts that came, and its result is the result: no assumption about data is left.
 """
 
 from __future__ import annotations

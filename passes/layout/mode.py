@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from svg2_compile.passes.layout.axes import ONE, UNKNOWN, Axes, Axis
+from svg2_compile.passes.layout.data_cuts import of_known_length
 from svg2_compile.passes.layout.lengths import same_length, size_expr
 from svg2_compile.passes.layout.op_call import (
     OpCall,
@@ -112,6 +113,8 @@ class LayoutMode(TorchDispatchMode):
         """Runs `func` and records the axes of its outputs."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func is torch.ops.aten.slice.Tensor:
+            result = of_known_length(args[0], result, *args[1:], **kwargs)
         outputs = tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             self.data_dependent = True
