@@ -12,7 +12,7 @@ from torch import nn
 
 from svg2_compile.runtime.standing import branch_named
 
-__all__ = ["name_branches", "repeated_blocks", "transformers_of"]
+__all__ = ["expected_layers", "name_branches", "repeated_blocks", "transformers_of"]
 
 
 def transformers_of(target: Any) -> dict[str, nn.Module]:
@@ -55,6 +55,14 @@ def repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
     if not blocks:
         raise ValueError(f"regional=True: {type(module).__name__} has no repeated blocks; use regional=False")
     return blocks
+
+
+def expected_layers(module: nn.Module) -> int | None:
+    """How many layers a model has, as far as its modules tell."""
+    try:
+        return len(repeated_blocks(module))
+    except ValueError:
+        return None
 
 
 class _NamedBranches:

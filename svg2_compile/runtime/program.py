@@ -96,6 +96,12 @@ class DenoisingProgram:
             raise
         return self._run_dense(plan, args)
 
+    def run_dense(self, args: Sequence[Any], reason: str) -> Any:
+        """Run the dense graph for a reason that the caller knows."""
+        if self.sparse is None:
+            return self(*args)
+        return self._run_dense(self.session.plan(self, args, reason), args)
+
     def _run_dense(self, plan: CallPlan, args: Sequence[Any]) -> Any:
         if self._failed:
             plan = replace(plan, sparse=False, reason="failed")
