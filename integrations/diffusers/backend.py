@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from svg2_compile.eager import AttentionState, CallOptions, attend, eager_config
 from svg2_compile.hosts.diffusers import expected_layers
-from svg2_compile.hosts.in_place import Enabled, enabled_of, register, run_as_model
+from svg2_compile.hosts.in_place import Enabled, is_enabled, register, run_as_model
 from svg2_compile.integrations.diffusers.direct import DirectAttention
 from svg2_compile.integrations.diffusers.frames import Caller, caller_of_attention
 from svg2_compile.integrations.diffusers.registry import (
@@ -66,7 +66,7 @@ def _was_set(model: nn.Module, name: str) -> None:
     attached = _attached.get(model)
     if attached is not None:
         attached.detach()
-    if name == NAME and enabled_of(model) is None:
+    if name == NAME and not is_enabled(model):
         _attached[model] = _Attached(model)
 
 
@@ -184,8 +184,7 @@ def _attend(
 ) -> torch.Tensor:
     attached = _attached.get(caller.model)
     if attached is None:
-        foreign = enabled_of(caller.model)
-        if foreign is not None:
+        if is_enabled(caller.model):
             _once.warning("enabled", "a model is enabled and has attention backend 'svg2': the latter is dense there.")
             return native_attention(*tensors, attn_mask=attn_mask, is_causal=options.is_causal, scale=options.scale)
         attached = _attached[caller.model] = _Attached(caller.model)
