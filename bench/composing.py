@@ -2,8 +2,8 @@
 
 python -m bench.composing [--only WORD]
 
-Each combination makes a video with what it is combined with alone, and with svg2_compile as well, all clusters kept, so that
-both must be equal. Written to bench/results/composing.json, and as the table of docs/composing.md.
+Each combination makes a video with what it is combined with alone, and with svg2_compile as well, all clusters kept, so
+that both must be equal. Written to bench/results/composing.json, and as the table of docs/composing.md.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ def quantise(small: SmallPipeline) -> None:
 def adapt(small: SmallPipeline) -> None:
     import peft
 
-    names = {type(module).__name__: name for name, module in small.pipe.transformer.named_modules()}
-    assert names
     lora = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -127,7 +125,9 @@ def main() -> None:
         try:
             known[name] = try_together(*combination)
         except Exception as error:  # noqa: BLE001  (what fails is a result)
-            known[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"}
+            known[name] = {
+                "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            }
             traceback.print_exc()
         print(name, known[name], flush=True)
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}

@@ -54,9 +54,9 @@ class EagerLayout:
 
     def note(self, place: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """An attention is computed. place: what it goes by in the answer."""
-        nodes = [self._node(tensor) for tensor in (query, key, value)]
+        q, k, v = (self._node(tensor) for tensor in (query, key, value))
         self._mode.note_attention(self._mode.axes_of(query)[1], self._mode.axes_of(key)[1], [])
-        self._calls.append((place, AttentionCall(self._node(query), *nodes, axes="bnhd", name=str(place))))
+        self._calls.append((place, AttentionCall(self._node(query), q, k, v, axes="bnhd", name=str(place))))
 
     def _node(self, tensor: torch.Tensor) -> fx.Node:
         node = self._graph.call_function(tuple, tuple(self._inputs))

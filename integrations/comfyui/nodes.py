@@ -43,7 +43,7 @@ class CompileModel:
 
         hints = {
             "preset": "the settings of a model; density and dense steps below override it where they are not 0",
-            "density": "part of the (query, key) pairs that is computed exactly; 0: as the preset or the default has it",
+            "density": "part of the (query, key) pairs computed exactly; 0: as the preset or the default has it",
             "dense_steps": "part of the steps that stays dense at the start; 0: as the preset or the default has it",
             "blocks": "compile one block for all: a short first step. Off: the whole model in one graph",
             "options": "further options of svg2_compile, one name=value a line",

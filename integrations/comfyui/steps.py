@@ -1,8 +1,8 @@
 """Where a call of the model stands: ComfyUI says it in ``transformer_options``.
 
-    sample_sigmas    the schedule that is being sampled, one more than there are steps
-    sigmas           the noise level of this call, one for every sample
-    cond_or_uncond   whose conditions are in the batch: [0] positive, [1] negative, [1, 0] both
+sample_sigmas    the schedule that is being sampled, one more than there are steps
+sigmas           the noise level of this call, one for every sample
+cond_or_uncond   whose conditions are in the batch: [0] positive, [1] negative, [1, 0] both
 """
 
 from __future__ import annotations

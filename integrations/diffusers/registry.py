@@ -83,5 +83,5 @@ def when_set(told: Callable[[nn.Module, str], None]) -> None:
 
 def native_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
     """PyTorch's attention in the layout of diffusers, [B, N, H, D]."""
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return torch.nn.functional.scaled_dot_product_attention(*heads_first, **options).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)

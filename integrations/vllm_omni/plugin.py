@@ -82,7 +82,7 @@ def attention(
         return attend(state, inputs, options, parts, _layer_of(caller)).transpose(1, 2)
 
 
-attention.capabilities = {"supports_attention_mask": True, "supports_full_attn_spans": False}  # type: ignore[attr-defined]
+attention.capabilities = {"supports_attention_mask": True, "supports_full_attn_spans": False}
 
 
 def report() -> Report:

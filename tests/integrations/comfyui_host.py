@@ -30,18 +30,45 @@ from svg2_compile.integrations.comfyui import NODE_CLASS_MAPPINGS  # noqa: E402
 from tests.support import IDENTITY, SELECTION  # noqa: E402
 
 WAN = {
-    **{"image_model": "wan2.1", "model_type": "t2v", "dim": 48, "ffn_dim": 64, "freq_dim": 32, "text_dim": 16},
-    **{"num_heads": 2, "num_layers": 3, "in_dim": 16, "out_dim": 16, "text_len": 12},
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 48,
+    "ffn_dim": 64,
+    "freq_dim": 32,
+    "text_dim": 16,
+    "num_heads": 2,
+    "num_layers": 3,
+    "in_dim": 16,
+    "out_dim": 16,
+    "text_len": 12,
 }
 HUNYUAN = {
-    **{"image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "hidden_size": 32, "num_heads": 2},
-    **{"context_in_dim": 16, "vec_in_dim": 8, "mlp_ratio": 2.0, "depth": 2, "depth_single_blocks": 2},
-    **{"axes_dim": [4, 6, 6], "theta": 256, "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True},
-    **{"byt5": False, "meanflow": False},
+    "image_model": "hunyuan_video",
+    "in_channels": 16,
+    "out_channels": 16,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "context_in_dim": 16,
+    "vec_in_dim": 8,
+    "mlp_ratio": 2.0,
+    "depth": 2,
+    "depth_single_blocks": 2,
+    "axes_dim": [4, 6, 6],
+    "theta": 256,
+    "patch_size": [1, 2, 2],
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "byt5": False,
+    "meanflow": False,
 }
 LTX = {
-    **{"image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 8},
-    **{"num_attention_heads": 4, "caption_channels": 16, "num_layers": 3},
+    "image_model": "ltxv",
+    "in_channels": 128,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "caption_channels": 16,
+    "num_layers": 3,
 }
 MODELS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
     "wan": (comfy.supported_models.WAN21_T2V, WAN, (1, 16, 2, 16, 16)),

@@ -59,7 +59,8 @@ def _qkv(tokens: int = TOKENS, seed: int = 0) -> tuple[torch.Tensor, ...]:
 
 
 def _dense(qkv: tuple[torch.Tensor, ...], **options: Any) -> torch.Tensor:
-    return F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in qkv), **options).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in qkv)
+    return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
 
 
 def test_equals_dense_attention_with_all_clusters_kept():
