@@ -111,10 +111,46 @@ def try_together(pipeline: str, partner: str, order: str, regional: bool) -> dic
     }
 
 
+def table(results: dict[str, Any], versions: dict[str, str]) -> str:
+    """The rows of docs/composing.md: one for a pipeline and a partner, both orders, whole and regional."""
+    lines = [
+        ", ".join(f"{package} {version}" for package, version in versions.items()) + ".",
+        "",
+        "| pipeline | with | before `enable` | after | sparse attentions | centroids carried on |",
+        "|---|---|---|---|---|---|",
+    ]
+    for pipeline in PIPELINES:
+        for partner in PARTNERS:
+            found = {
+                order: [
+                    results[name]
+                    for kind in ("whole", "regional")
+                    if (name := f"{pipeline} | {partner} | {order} | {kind}") in results
+                ]
+                for order in ("before enable", "after enable")
+            }
+            tried = [result for group in found.values() for result in group]
+            if tried:
+                cells = [" / ".join(map(_outcome, group)) or "not tried" for group in found.values()]
+                sparse = " / ".join(str(result.get("sparse", "-")) for result in found["before enable"])
+                carried = "yes" if all(result.get("carried") for result in tried) else "no"
+                lines.append(f"| {pipeline} | {partner} | {cells[0]} | {cells[1]} | {sparse} | {carried} |")
+    return "\n".join(lines)
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    return result["failed"] if "failed" in result else f"{result['error']:.0e}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="combinations whose description has this")
-    only = parser.parse_args().only
+    parser.add_argument("--table", action="store_true", help="print the table of what was tried, and nothing else")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(**json.loads((RESULTS / "composing.json").read_text(encoding="utf-8"))))
+        return
+    only = arguments.only
     logging.getLogger("svg2_compile").setLevel(logging.ERROR)
     path = RESULTS / "composing.json"
     known = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}

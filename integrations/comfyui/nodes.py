@@ -131,9 +131,12 @@ def _block_keys(module: Any) -> list[str]:
     from svg2_compile.hosts.diffusers import repeated_blocks
 
     try:
-        return [f"diffusion_model.{path}" for path in repeated_blocks(module)]
+        paths = list(repeated_blocks(module))
     except ValueError as error:
         raise ValueError(f"blocks: {type(module).__name__} has no repeated blocks. Valid: off.") from error
+    # Blocks of a part (a refiner of the text) are no layers of the video.
+    depth = min(path.count(".") for path in paths)
+    return [f"diffusion_model.{path}" for path in paths if path.count(".") == depth]
 
 
 def _make_readable(patched: Any) -> None:
