@@ -54,7 +54,7 @@ ROOMS = {
     "cli": "compare export settings tools",
     # Plug-ins of hosts: nothing above imports them.
     "integrations": "",
-    "integrations.comfyui": "hosts settings",
+    "integrations.comfyui": "__init__ hosts settings",
     "integrations.diffusers": "eager hosts logs passes runtime",
     "integrations.vllm_omni": "eager logs passes reporting runtime settings",
     "__init__": "api compare eager explanation export hosts reporting runtime settings",

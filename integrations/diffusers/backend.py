@@ -189,6 +189,8 @@ def _attend(
             return native_attention(*tensors, attn_mask=attn_mask, is_causal=options.is_causal, scale=options.scale)
         attached = _attached[caller.model] = _Attached(caller.model)
         attached.met_in(caller)
+    if id(caller.module) not in attached.paths:  # adapters bring modules
+        attached.paths = _paths_of(caller.model)
     place = _place(attached.paths, caller, *tensors[:2])
     layout = attached.layout(caller)
     parts = layout if isinstance(layout, StaysDense) else layout.get(place, _NOT_MET)
