@@ -9,8 +9,8 @@ computes its attentions reports each of them; what is reported and the inputs be
         attended = attention(query, key, value)
         return output
 
-Guarantees: the model is not run on data and not changed (its modules are copied, its weights are not). What a model
-does with data, such as a branch on a value, cannot be followed: then every attention has that as its reason.
+Guarantees: the model is not run on data and not changed (a copy of its modules runs, without weights and hooks). What a
+model does with data, such as a branch on a value, cannot be followed: then every attention has that as its reason.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ class EagerLayout:
     """Collects the attentions of one run of a model on fake tensors. All are [B, N, H, D].
 
     Attributes:
-        model: the copy that runs: its modules stand at the places of the model's.
+        model: the copy that runs.
+        originals: by the id of every module of it, the id of that which it is a copy of.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, originals: Mapping[int, int]) -> None:
         self.model = model
+        self.originals = originals
         self._mode = LayoutMode()
         self._graph = fx.Graph()
         self._found = Interpretation(unruled_ops=self._mode.unruled_ops)
@@ -81,7 +83,7 @@ class EagerLayout:
     def _input(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
         node = self._graph.placeholder(f"input_{len(self._inputs)}")
         self._mode.set_axes(fake, tuple(single({node.name}, size) for size in fake.shape))
         self._describe(node, fake)
@@ -114,9 +116,7 @@ def lay_out(
         noting: while inside of it, who computes attentions calls ``note`` of the layout that it is given.
     """
     try:
-        # Hooks and caches keep state: it is the copy's that the run changes. Weights are shared.
-        weights = [*model.parameters(), *model.buffers()]
-        layout = EagerLayout(copy.deepcopy(model, {id(weight): weight for weight in weights}))
+        layout = EagerLayout(*_plain_copy(model))
         with noting(layout):
             layout.run(args, kwargs)
         return layout.parts()
@@ -127,6 +127,27 @@ def lay_out(
             f"the model could not be followed on tensors without data: {type(error).__name__}: "
             f"{first[0] if first else ''}",
         )
+
+
+def _plain_copy(model: nn.Module) -> tuple[nn.Module, dict[int, int]]:
+    """The model as its classes have it, with weights that are shapes alone; and which module is a copy of which.
+
+    Hooks (caches, offloading) are left behind: they keep state, which the run must not touch, and a copy of a hooked
+    module calls the hooks of the original. Shapes alone are on one device, wherever weights are offloaded to.
+    """
+    known: dict[int, Any] = {}
+    for weight in (*model.parameters(), *model.buffers()):
+        shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        is_parameter = isinstance(weight, nn.Parameter)
+        known[id(weight)] = nn.Parameter(shape, requires_grad=False) if is_parameter else shape
+    copied = copy.deepcopy(model, known)
+    for module in copied.modules():
+        vars(module).pop("forward", None)
+        module._compiled_call_impl = None
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    originals = {id(known[id(module)]): id(module) for module in model.modules() if id(module) in known}
+    return copied, originals
 
 
 def _answer(call: AttentionCall, layouts: Any) -> Parts | StaysDense:

@@ -76,7 +76,7 @@ class _Attached:
     def __init__(self, model: nn.Module) -> None:
         session = Session(eager_config(_options), expected_layers=expected_layers)
         self.state = AttentionState.of_session(session)
-        self.paths = _paths_of(model)
+        self._paths = _paths_of(model)
         self._layouts: dict[Hashable, Any] = {}
         self._direct = not uses_dispatcher(model)
         # The call that is under way where a model is first met in the midst of it.
@@ -84,7 +84,7 @@ class _Attached:
         self._enabled = Enabled(model, session)
         reference = weakref.ref(model)
         self._enabled._undo.append(lambda: _forget(reference()))
-        run_as_model(model, "", self._enabled, functools.partial(_run, reference, self.attending))
+        run_as_model(model, "", self._enabled, functools.partial(_run, reference, self))
         register(model, self._enabled)
 
     def detach(self) -> None:
@@ -97,12 +97,18 @@ class _Attached:
         arguments = {**dict(zip(names, caller.args, strict=False)), **caller.kwargs}
         self.first_call = ModelCall(self.state.session, caller.model, "", lambda: named_timesteps(arguments))
 
-    def layout(self, caller: Caller) -> Any:
-        """Where the video is in every attention of this call of the model."""
-        key = _shapes(caller.args, caller.kwargs)
+    def layout(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Where the video is in every attention of a call of the model."""
+        key = _shapes(args, kwargs)
         if key not in self._layouts:
-            self._layouts[key] = lay_out(caller.model, caller.args, caller.kwargs, self._noting)
+            self._layouts[key] = lay_out(model, args, kwargs, self._noting)
         return self._layouts[key]
+
+    def path(self, module: nn.Module, model: nn.Module) -> str:
+        """What reports call a layer."""
+        if id(module) not in self._paths:  # adapters bring modules
+            self._paths = {**_paths_of(model), **self._paths}
+        return self._paths.get(id(module), type(module).__name__)
 
     def attending(self) -> AbstractContextManager[Any]:
         """While inside, what the model computes by PyTorch's attention comes here as well, if nothing else does."""
@@ -128,10 +134,12 @@ class _Attached:
             yield
 
 
-def _run(model: weakref.ref[nn.Module], attending: Any, *args: Any, **kwargs: Any) -> Any:
+def _run(model: weakref.ref[nn.Module], attached: _Attached, *args: Any, **kwargs: Any) -> Any:
     alive = model()
     assert alive is not None  # it is being called
-    with attending():
+    # Before the call, in which a cache may exchange the blocks of the model for its own.
+    attached.layout(alive, args, kwargs)
+    with attached.attending():
         return alive._call_impl(*args, **kwargs)
 
 
@@ -170,7 +178,8 @@ def _attention(
     layout = _noting.get()
     if layout is not None and isinstance(query, FakeTensor):
         if caller is not None:
-            layout.note(_place(_paths_of(layout.model), caller, query, key), query, key, value)
+            place = layout.originals.get(id(caller.module)), query.shape[1], key.shape[1]
+            layout.note(place, query, key, value)
         return native_attention(query, key, value, **options)
     if caller is None or dropout_p:
         reason = "dropout is wanted: call model.eval()" if dropout_p else "no module calls it"
@@ -189,15 +198,14 @@ def _attend(
             return native_attention(*tensors, attn_mask=attn_mask, is_causal=options.is_causal, scale=options.scale)
         attached = _attached[caller.model] = _Attached(caller.model)
         attached.met_in(caller)
-    if id(caller.module) not in attached.paths:  # adapters bring modules
-        attached.paths = _paths_of(caller.model)
-    place = _place(attached.paths, caller, *tensors[:2])
-    layout = attached.layout(caller)
+    place = id(caller.module), tensors[0].shape[1], tensors[1].shape[1]
+    layout = attached.layout(caller.model, caller.args, caller.kwargs)
     parts = layout if isinstance(layout, StaysDense) else layout.get(place, _NOT_MET)
     heads_first = [tensor.transpose(1, 2) for tensor in tensors]
     inputs = heads_first if attn_mask is None else [*heads_first, attn_mask]
     with attached.in_call():
-        return attend(attached.state, inputs, options, parts, place[0]).transpose(1, 2)
+        path = attached.path(caller.module, caller.model)
+        return attend(attached.state, inputs, options, parts, path).transpose(1, 2)
 
 
 _NOT_MET = StaysDense("unknown_layout", "the model took another way when it was followed on tensors without data")
@@ -205,8 +213,3 @@ _NOT_MET = StaysDense("unknown_layout", "the model took another way when it was 
 
 def _paths_of(model: nn.Module) -> dict[int, str]:
     return {id(module): path for path, module in model.named_modules()}
-
-
-def _place(paths: Mapping[int, str], caller: Caller, query: torch.Tensor, key: torch.Tensor) -> tuple[str, int, int]:
-    """What an attention goes by: the path of the module that computes it, and the numbers of queries and keys."""
-    return paths.get(id(caller.module), type(caller.module).__name__), query.shape[1], key.shape[1]

@@ -140,6 +140,19 @@ def test_two_experts_have_their_own_state():
     assert max(run.step for run in first.runs) < min(run.step for run in second.runs)
 
 
+def test_a_cache_of_diffusers_keeps_its_state():
+    """Its hooks keep tensors: those of the run without data must not be among them."""
+    register_backend(**{**IDENTITY, "dense_steps": 1})
+    alone, small = build("wan"), build("wan")
+    for pipeline in (alone, small):
+        pipeline.pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e-9))
+    expected = alone.run()
+    small.pipe.transformer.set_attention_backend("svg2")
+    assert_close(small.run(), expected, slack=50)
+    runs = svg2_compile.report(small.pipe.transformer).runs
+    assert sum(run.graph == "sparse" for run in runs) == 18
+
+
 def test_context_parallelism_is_refused():
     register_backend(**OPTIONS)
     small = build("wan")
