@@ -15,7 +15,7 @@ from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.collectives import rank_groups
 from svg2_compile.passes.graph.values import graph_device, input_values, metadata_key
-from svg2_compile.pipeline import PIPELINE, Compilation, run_passes
+from svg2_compile.pipeline import PIPELINE, SAID, Compilation, run_passes
 from svg2_compile.reporting.describe import describe
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.runtime.program import DenoisingProgram
@@ -85,17 +85,26 @@ class Svg2Backend:
         session: shared by all graphs compiled with this backend.
         regional: whether the graphs are known to be single layers (True), or to be told apart (None): also what is
             enabled as a whole may fall into pieces, by graph breaks or the hooks of others.
+        video_parts: where the video is, or why nobody can tell, for graphs of one attention whose caller says it; None
+            finds it.
     """
 
-    def __init__(self, config: Svg2Config, session: Session, regional: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: Svg2Config,
+        session: Session,
+        regional: bool | None = None,
+        video_parts: Any = None,
+    ) -> None:
         self.config = config
+        self.video_parts = video_parts
         self.session = session
         self.regional = regional
         self.graphs = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
-        name = f"graph_{next(_graph_numbers)}"
+        name = f"{'graph' if self.video_parts is None else 'attention'}_{next(_graph_numbers)}"
         dense = CompiledGraph(gm, input_values(gm), self._compile_inner)
         if _is_training(example_inputs):
             self.session.once.warning(
@@ -145,9 +154,10 @@ class Svg2Backend:
             *(copied, self.config, graph_device(gm), self.regional),
             name=name,
             first_dense=self.session.dense_layers().of_graph,
+            video_parts=() if self.video_parts is None else self.video_parts,
         )
         try:
-            return run_passes(compilation, PIPELINE)
+            return run_passes(compilation, PIPELINE if self.video_parts is None else SAID)
         except Exception as error:
             if self.config.strict:
                 raise

@@ -19,7 +19,7 @@ from svg2_compile.passes.attention.find import find_attention
 from svg2_compile.passes.balance_heads import balance_heads
 from svg2_compile.passes.canonical import canonical_sites, erase_unused
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
-from svg2_compile.passes.decide_sites import decide_sites
+from svg2_compile.passes.decide_sites import Parts, decide_call, decide_sites
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.inline_subgraphs import inline_subgraphs
 from svg2_compile.passes.sites import Site, Skip
@@ -32,6 +32,7 @@ from svg2_compile.passes.specialise import (
     specialise,
     with_numbers,
 )
+from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
 from svg2_compile.passes.worth import Worth
@@ -40,7 +41,7 @@ from svg2_compile.settings.config import Svg2Config
 
 log = get_logger()
 
-__all__ = ["ANALYSES", "PIPELINE", "REWRITES", "Compilation", "Pass", "run_passes"]
+__all__ = ["ANALYSES", "PIPELINE", "REWRITES", "SAID", "Compilation", "Pass", "run_passes"]
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Compilation:
 
     gm is rewritten in place; hand in a copy. regional: True if the graph is known to be one layer among many, False
     if it is known to be a whole model, None to decide by whether the timestep enters the graph. name: for messages and
-    the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata. profile:
+    the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata.
+    video_parts: where the video is in the only attention, for passes that are told (SAID). profile:
     of the device that speed is estimated for, None for ``device``. first_dense: as of decide_sites. specialised: the
     decisions hold for the traced sizes only.
     """
@@ -62,6 +64,7 @@ class Compilation:
     first_dense: Callable[[Sequence[str]], int] | None = None
     name: str = "graph"
     parameters: frozenset[str] | None = None
+    video_parts: Parts | StaysDense = ()
     layouts: TokenLayouts | None = None
     time_inputs: tuple[TimeInput, ...] = ()
     calls: list[AttentionCall] = field(default_factory=list)
@@ -138,6 +141,13 @@ def _decide_sites(c: Compilation) -> None:
         _decide_by_numbers(c, negative)
     elif negative:
         c.decisions = [_of_unknown_sign(decision) for decision in c.decisions]
+
+
+def _decide_said(c: Compilation) -> None:
+    """Somebody says where the video is, so that no layout is followed."""
+    policy = c.config.site_policy()
+    decisions = [decide_call(call, c.video_parts, policy, c.device, c.profile) for call in c.calls]
+    c.decisions = [replace(d, index=i) if isinstance(d, Site) else d for i, d in enumerate(decisions)]
 
 
 def _decide_by_numbers(c: Compilation, negative: bool) -> None:
@@ -221,6 +231,8 @@ REWRITES = (
     Pass("hoist_centroids", _hoist_centroids, rewrites=True),
 )
 PIPELINE = ANALYSES + REWRITES
+SAID = (Pass("find_attention", _find_attention), Pass("decide_sites", _decide_said), *REWRITES)
+"""For a graph of one attention whose caller says where the video is (``Compilation.video_parts``)."""
 
 
 def run_passes(compilation: Compilation, passes: tuple[Pass, ...] = PIPELINE) -> Compilation:

@@ -160,7 +160,7 @@ class _Interpreter:
         if foreign is not None:
             return self._foreign_attention(node, foreign)
         if name in ("from_local", "redistribute", "to_local") and isinstance(args[0], torch.Tensor):
-            return self._fresh(value, resharded(self._mode.axes_of(args[0]), args[0], value), node)
+            return self._made.fresh(value, resharded(self._mode.axes_of(args[0]), args[0], value), node)
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._call_subgraph(node, name, args, owner)
         return self._compute(node, args, kwargs)

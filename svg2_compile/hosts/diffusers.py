@@ -12,7 +12,7 @@ from torch import nn
 
 from svg2_compile.runtime.standing import branch_named
 
-__all__ = ["name_branches", "repeated_blocks", "transformers_of"]
+__all__ = ["expected_layers", "name_branches", "repeated_blocks", "transformers_of"]
 
 
 def transformers_of(target: Any) -> dict[str, nn.Module]:
@@ -60,6 +60,14 @@ def repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
 def _is_any_of(module: nn.Module, names: Collection[str]) -> bool:
     """Whether the class of a module has one of the names. FSDP makes a subclass of it, with another name."""
     return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
+def expected_layers(module: nn.Module) -> int | None:
+    """How many layers a model has, as far as its modules tell."""
+    try:
+        return len(repeated_blocks(module))
+    except ValueError:
+        return None
 
 
 class _NamedBranches:

@@ -21,7 +21,7 @@ from svg2_compile.runtime.model_call import ModelCall, Part, running_model, runn
 from svg2_compile.runtime.session import Session, report_of
 from svg2_compile.runtime.time_reader import named_timesteps
 
-__all__ = ["Enabled", "compile_in_place", "compile_parts", "enabled_of", "register", "run_as_model"]
+__all__ = ["Enabled", "compile_in_place", "compile_parts", "enabled_of", "is_enabled", "register", "run_as_model"]
 
 _enabled: weakref.WeakKeyDictionary[Any, Enabled] = weakref.WeakKeyDictionary()
 
@@ -82,6 +82,11 @@ def enabled_of(target: Any) -> Enabled | None:
         return _enabled.get(target)
     except TypeError:  # nothing that can be weakly referenced or hashed was ever enabled
         return None
+
+
+def is_enabled(module: nn.Module) -> bool:
+    """Whether calls of ``module`` are those of something enabled: of itself, or of a pipeline that it is part of."""
+    return any(found is module for enabled in list(_enabled.values()) for found in enabled.modules)
 
 
 def compile_in_place(

@@ -123,6 +123,12 @@ class DenoisingProgram:
             raise
         return self._run_dense(plan, args)
 
+    def run_dense(self, args: Sequence[Any], reason: str) -> Any:
+        """Run the dense graph for a reason that the caller knows."""
+        if self.sparse is None:
+            return self(*args)
+        return self._run_dense(self.session.plan(self, args, reason), args)
+
     def too_short(self, args: Sequence[Any]) -> str | None:
         """The reason why the attentions stay dense at the sizes of these inputs; None if they are worth it."""
         if not self._worths:

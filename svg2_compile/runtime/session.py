@@ -49,6 +49,7 @@ class Session:
         config: the settings.
         scheduler: yields the scheduler that drives the model, as it is now, where no pipeline is being called.
         expected_layers: how many layers a model has, as far as its modules tell.
+        num_layers: how many layers the only model has, where no call tells which it is; None if nobody knows.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Session:
         config: Svg2Config,
         scheduler: Callable[[], Any] | None = None,
         expected_layers: Callable[[torch.nn.Module], int | None] = lambda module: None,
+        num_layers: int | None = None,
     ) -> None:
         self.config = config
         self.store = CentroidStore(int(config.store_limit_mb * 2**20))
@@ -71,7 +73,7 @@ class Session:
         self._scheduler = scheduler
         self._expected_layers = expected_layers
         self._dense_layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._dense_layers_alone = DenseLayers(config.dense_layers)
+        self._dense_layers_alone = DenseLayers(config.dense_layers, num_layers)
         self._lock = threading.RLock()
         _sessions.add(self)
 
@@ -92,13 +94,13 @@ class Session:
             with self._lock, self.watch.quiet():
                 self.requests.close(plan.request)
 
-    def plan(self, program: Program, args: Sequence[Any]) -> CallPlan:
-        """Decide which graph of ``program`` runs this call."""
+    def plan(self, program: Program, args: Sequence[Any], stays_dense: str | None = None) -> CallPlan:
+        """Decide which graph of ``program`` runs this call. stays_dense: why it is the dense one, if that is known."""
         call = current_call(self)
         with self._lock:
             layer = program.layers.find(args, current_part(self), call, self._paths_of(call))
             located = self._locate(program, args, layer, call)
-            plan = self._decide(program, layer, located, call)
+            plan = self._decide(program, layer, located, call, stays_dense)
             short = program.too_short(args) if plan.sparse else None
             if short is not None:
                 plan = replace(plan, sparse=False, reason=short)
@@ -120,8 +122,16 @@ class Session:
             self.watch.ran(call, has_attention=bool(program.sites))
 
     def _decide(
-        self, program: Program, layer: Layer, located: tuple[Request, Standing] | None, call: ModelCall | None
+        self,
+        program: Program,
+        layer: Layer,
+        located: tuple[Request, Standing] | None,
+        call: ModelCall | None,
+        stays_dense: str | None,
     ) -> CallPlan:
+        if stays_dense is not None:
+            request, standing = located or (None, None)
+            return CallPlan(layer, standing, request, False, stays_dense)
         if located is None:
             return self._plan_without_time(program, layer)
         request, standing = located
