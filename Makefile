@@ -62,14 +62,16 @@ endif
 
 # Each with a library of its own; Python is not instrumented, so that the sanitizer is loaded before it.
 CXX ?= g++
-NATIVE_TESTS := $(BIN)/python -m pytest -q -p no:xdist tests/kernels/cpu -k "native and not random and not processes and not dtypes"
-SANITIZED = SVG2_NATIVE_FLAGS="-g $(1)" LD_PRELOAD="$(foreach l,$(2),$(shell $(CXX) -print-file-name=$(l)))" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/.ci/tsan-suppressions.txt $(NATIVE_TESTS)
+PRELOAD = $(foreach library,$(1) libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
+NATIVE_TESTS := native and not random and not processes and not dtypes
 
 sanitize: $(STAMP)
-	$(call SANITIZED,-fsanitize=address -fsanitize=undefined -fno-sanitize-recover=undefined,libasan.so libubsan.so libstdc++.so)
-	$(call SANITIZED,-fsanitize=thread -DSVG2_STD_THREADS,libtsan.so libstdc++.so)
+	SVG2_NATIVE_FLAGS="-g -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=undefined" \
+		LD_PRELOAD="$(call PRELOAD,libasan.so libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -q tests/kernels/cpu -k "$(NATIVE_TESTS)"
+	SVG2_NATIVE_FLAGS="-g -fsanitize=thread -DSVG2_STD_THREADS" LD_PRELOAD="$(call PRELOAD,libtsan.so)" \
+		TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/.ci/tsan-suppressions.txt \
+		$(BIN)/python -m tests.kernels.cpu.exercise_threads
 
 unit: $(STAMP)
 	$(PYTEST)

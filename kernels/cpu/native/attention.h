@@ -1,4 +1,4 @@
-// What a call of block-sparse attention is given, mirrored in calls.py.
+// What a call of block-sparse attention is given, mirrored in attention.py.
 #pragma once
 
 #include "rows.h"
