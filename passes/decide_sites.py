@@ -7,7 +7,7 @@ Needs: the attentions of find_attention, the layouts of token_layout on the same
 
 An attention becomes a Site where its queries and keys are the same tokens, a part of them is video (in one piece or in
 several), nothing but key padding masks it, and it is long enough to gain. Everything else becomes a Skip with a stable
-reason. In doubt: dense.
+reason. In doubt: dense. Where the length is symbolic, a Site is asked anew at every size whether it is long enough.
 Guarantees: every attention has one decision, in the order of the graph; no guard is added.
 """
 
@@ -26,14 +26,15 @@ from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATION
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_padding
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
+from svg2_compile.passes.expected_gain import cluster_counts, traced_video_tokens, with_expected_gain
 from svg2_compile.passes.graph.nodes import is_projected
 from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.layout.axes import Factor
 from svg2_compile.passes.layout.lengths import same_length, size_expr
-from svg2_compile.passes.sites import Site, SitePolicy, Skip, StaysDense, dense_layer_count, dense_layer_detail
+from svg2_compile.passes.sites import Site, SitePolicy, Skip, dense_layer_count, dense_layer_detail
+from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.token_layout import TokenLayouts
-from svg2_compile.passes.worth import cluster_counts, with_expected_gain
 
 __all__ = ["decide_sites"]
 
@@ -71,11 +72,29 @@ def decide_sites(
     decisions += [(call.node, _decide(call, layouts, policy, device, profile, numbers or {})) for call in calls]
     position = {node: i for i, node in enumerate(next(iter(decisions))[0].graph.nodes)} if decisions else {}
     ordered = [decision for _, decision in sorted(decisions, key=lambda pair: position[pair[0]])]
+    ordered = _settle_the_shorter(ordered)
     if not regional:
         names = [decision.name for decision in ordered if isinstance(decision, Site)]
         count = first_dense(names) if first_dense is not None else dense_layer_count(policy.dense_layers, len(names))
         ordered = _leave_first_layers_dense(ordered, count, dense_layer_detail(count, policy.dense_layers))
     return _numbered(ordered)
+
+
+def _settle_the_shorter(decisions: list[Site | Skip]) -> list[Site | Skip]:
+    """A graph is sparse at a size where all of its sites are. So of those that are too short at the traced size only
+    the longest wait for another one: a short one beside them would keep them dense."""
+    sites = [decision for decision in decisions if isinstance(decision, Site)]
+    all_short = all(site.too_short is not None for site in sites)
+    longest = max((traced_video_tokens(site) for site in sites), default=0)
+
+    def settle(decision: Site | Skip) -> Site | Skip:
+        if not isinstance(decision, Site) or decision.too_short is None:
+            return decision
+        if all_short and traced_video_tokens(decision) == longest:
+            return decision
+        return _skip_site(decision, decision.too_short.reason, decision.too_short.detail)
+
+    return [settle(decision) for decision in decisions]
 
 
 def _leave_first_layers_dense(decisions: list[Site | Skip], count: int, detail: str) -> list[Site | Skip]:
@@ -226,15 +245,20 @@ def _arrive_as_they_are(query: Factor, key: Factor, call: AttentionCall, layouts
     """Whether queries, keys and values are three inputs of the graph of one length.
 
     A graph break left their projections to another graph. Text that a video attends to is not as long as the video, and
-    tokens that attend to equally many others are clustered as well as those that attend to themselves.
+    tokens that attend to equally many others are clustered as well as those that attend to themselves. What queries and
+    keys both take in, such as rotary embeddings, tells neither from the other.
     """
     value = layouts.segments(call.value, call.token_dim, call.sequences)
     tensors = (query, key, value or ())
-    if any(len(segments) != 1 or len(segments[0].sources) != 1 for segments in tensors):
+    if any(len(segments) != 1 for segments in tensors):
+        return False
+    common = query[0].sources & key[0].sources
+    own = [segments[0].sources - common for segments in tensors]
+    if any(len(sources) != 1 for sources in own):
         return False
     if any(is_projected(node) for node in (call.query, call.key, call.value)):
         return False
-    names = {next(iter(segments[0].sources)) for segments in tensors}
+    names = frozenset().union(*own)
     lengths = [segments[0].length for segments in tensors]
     if len(names) < 3 or not names <= layouts.inputs:
         return False

@@ -66,7 +66,10 @@ class SparseSite:
     query: Clustering
     key: Clustering
     density: fx.Node | None
-    budget: fx.Node | None  # float32 [], the constant density that select_blocks_of_layer reads
+    budget: fx.Node | None  # float32 [], a constant: the density that the heads share, or what it follows from
+    next_budget: fx.Node | None = None  # float32 [], where it follows the error
+    errors: fx.Node | None = None  # float32 [B, H]: of every head
+    error: fx.Node | None = None  # float32 []: of all heads together
     head_order: HeadOrder | None = None  # which heads are whose, where they are spread over ranks
 
 
@@ -122,8 +125,12 @@ class _SiteRewriter:
         density = None
         if self.policy.collect_stats:
             density = build.call(_svg2.block_density.default, q_offsets, k_offsets, attention.block_map, name="density")
+            if self.site.dense_share is not None:
+                ones = build.call(torch.ops.aten.ones_like.default, density)
+                density = build.call(torch.ops.aten.lerp.Tensor, density, ones, self.site.dense_share)
         self._replace(out)
-        return SparseSite(self.site, query_side, key_side, density, attention.budget)
+        guard = (attention.budget, attention.next_budget, attention.errors, attention.error)
+        return SparseSite(self.site, query_side, key_side, density, *guard)
 
     def _heads_first(self) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Query, key and value as [B, H, N, D], in the dtype that the dense attention computes in."""

@@ -175,6 +175,7 @@ class Svg2Backend:
             time_reader=TimeReader(c.time_kind, c.time_positions),
             sites=reports,
             graph_report=c.graph_report(),
+            worths=c.worths,
         )
         self._say_what_stays_dense(reports)
         return program

@@ -28,12 +28,13 @@ from svg2_compile.passes.specialise import (
     can_specialise,
     guard_signs,
     negative_sizes,
+    sizes_of,
     specialise,
-    traced_sizes,
     with_numbers,
 )
 from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
+from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport
 from svg2_compile.settings.config import Svg2Config
 
@@ -94,6 +95,11 @@ class Compilation:
         )
 
     @property
+    def worths(self) -> list[Worth]:
+        """What is asked at run time about the sizes of a call."""
+        return list(dict.fromkeys(site.worth for site in self.sites if site.worth is not None))
+
+    @property
     def sites(self) -> list[Site]:
         return [decision for decision in self.decisions if isinstance(decision, Site)]
 
@@ -136,7 +142,7 @@ def _decide_sites(c: Compilation) -> None:
 
 def _decide_by_numbers(c: Compilation, negative: bool) -> None:
     """Decide anew at the sizes that were traced; keep that where more becomes sparse by it."""
-    numbers = traced_sizes(c.gm)
+    numbers = sizes_of(c.gm)
     calls, unreadable = find_attention(c.gm, numbers)
     layouts = analyse_token_layout(c.gm, c.parameters, concrete=True)
     by_numbers = replace(c, calls=calls, unreadable=unreadable)
@@ -198,7 +204,7 @@ def _sparsify(c: Compilation) -> None:
 
 def _hoist_centroids(c: Compilation) -> None:
     if c.sparse_sites:
-        c.spec = hoist_centroids(c.gm, c.sparse_sites)
+        c.spec = hoist_centroids(c.gm, c.sparse_sites, budget_input=True)
 
 
 # A transformer block of an audio-video model has up to six: self, text and cross-modal attention of both streams.

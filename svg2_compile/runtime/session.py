@@ -20,6 +20,7 @@ from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.agreement import RANKS_DIFFER, Terms, agreed
 from svg2_compile.runtime.centroid_store import CentroidStore
 from svg2_compile.runtime.dense_rules import DenseLayers, dense_step_reason
+from svg2_compile.runtime.densities import density_of_step
 from svg2_compile.runtime.history import RunHistory
 from svg2_compile.runtime.layers import Layer, Layers, LayerTable, ParameterPaths
 from svg2_compile.runtime.model_call import ModelCall, current_call, current_part
@@ -75,6 +76,9 @@ class Program(Protocol):
 
     def site_reports(self) -> list[SiteReport]:
         """Every attention of the program's graph."""
+
+    def too_short(self, args: Sequence[Any]) -> str | None:
+        """Why its attentions stay dense at the sizes of these inputs, if they do."""
 
 
 class Session:
@@ -138,6 +142,9 @@ class Session:
             layer = program.layers.find(args, current_part(self), call, self._paths_of(call))
             located = self._locate(program, args, layer, call)
             plan = self._decide(program, layer, located, call)
+            short = program.too_short(args) if plan.sparse else None
+            if short is not None:
+                plan = replace(plan, sparse=False, reason=short)
             terms = agreed(program, located, self.config, self.once)
             if plan.sparse and not terms.sparse:
                 plan = replace(plan, sparse=False, reason=RANKS_DIFFER)
@@ -165,6 +172,11 @@ class Session:
         if reason is None and program.regional and self.dense_layers(call).of_layer(layer, layer.label):
             reason = "dense_layers"
         return CallPlan(layer, standing, request, reason is None, reason or "sparse")
+
+    def density(self, plan: CallPlan) -> float | None:
+        """The density that a call is to have; None where a mass decides."""
+        first = None if plan.request is None else plan.request.first_sparse_step
+        return density_of_step(self.config, plan.standing, first, self.once)
 
     def after_model_call(self, call: ModelCall) -> None:
         """A call of the whole model has returned."""

@@ -258,6 +258,8 @@ def test_cache_key_covers_every_setting() -> None:
         "preset": "ltx:turbo",
         "top_p": 0.5,
         "density": 0.5,
+        "target_error": 0.5,
+        "measure_error": True,
         "min_k_ratio": 0.5,
         "num_q_clusters": 5,
         "num_k_clusters": 5,
