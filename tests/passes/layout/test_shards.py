@@ -30,7 +30,7 @@ def _layout(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Any
     found: list[Any] = []
 
     def read(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        (output,) = gm.graph.output_node().args[0]
+        (output,) = gm.graph.output_node().all_input_nodes
         found.append(spelled(analyse_token_layout(gm).axes[output]))
         return gm
 
