@@ -58,7 +58,7 @@ def rebalanced(
         rank = torch.distributed.get_rank(process_group(slot.group))
         own = torch.argsort(order)[new].chunk(slot.ranks)[rank]
         for index, state in enumerate(spec.slots):
-            if state.site_index == slot.site_index:
+            if state.site_index == slot.site_index and state.role != "budget":
                 result[index] = _of_all_ranks(slot, centroids[index])[:, own]
         new_orders.append(new)
     return result, new_orders
