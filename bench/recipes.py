@@ -301,7 +301,6 @@ def mochi(mode: str) -> Callable[[Path], Callable[[], nn.Module]]:
         widths = {"mlp_ratio_x": 128.0, "mlp_ratio_y": 2.0, "t5_feat_dim": 32, "t5_token_length": 16}
         rest = {"qk_norm": True, "qkv_bias": False, "attention_mode": mode}
 
-
         def build() -> nn.Module:
             built = randomised(model.AsymmDiTJoint(**sizes, **widths, **rest))
             for parameter in built.parameters():
@@ -443,7 +442,10 @@ def padded(*size: int) -> Call:
 def towers(*size: int) -> Call:
     mask = (torch.arange(16) < 9).to(torch.int64)[None]
     text = {"text_states": torch.randn(1, 16, 32), "text_states_2": None, "encoder_attention_mask": mask}
-    glyphs = {"byt5_text_states": torch.randn(1, 8, 1472), "byt5_text_mask": (torch.arange(8) < 3).to(torch.int64)[None]}
+    glyphs = {
+        "byt5_text_states": torch.randn(1, 8, 1472),
+        "byt5_text_mask": (torch.arange(8) < 3).to(torch.int64)[None],
+    }
     rest = {"vision_states": torch.randn(1, 5, 32), "extra_kwargs": glyphs}
     return (torch.randn(1, 4, *size), torch.tensor([900.0])), {**text, **rest}
 
@@ -522,7 +524,13 @@ RECIPES: dict[str, Recipe] = {
         "flash-attn's operator by a plain one",
         "HunyuanVideo-1.5",
     ),
-    "mochi": Recipe("https://github.com/genmoai/mochi", mochi("sdpa"), packed(1), "attention_mode=sdpa, autocast to bfloat16", autocast=True),
+    "mochi": Recipe(
+        "https://github.com/genmoai/mochi",
+        mochi("sdpa"),
+        packed(1),
+        "attention_mode=sdpa, autocast to bfloat16",
+        autocast=True,
+    ),
     "mochi, flash": Recipe(
         "https://github.com/genmoai/mochi",
         mochi("flash"),
