@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -155,8 +154,8 @@ def test_one_sequence_that_ends_somewhere(end: int) -> None:
 
 def starts_of_rows(ends: list[int], tokens: int = 21) -> Tensor:
     """Rows of a sequence, and one of padding behind it."""
-    bounds = [[row * tokens, row * tokens + end] for row, end in enumerate(ends)]
-    return torch.tensor([*itertools.chain(*bounds), len(ends) * tokens], dtype=torch.int32)
+    bounds = [place for row, end in enumerate(ends) for place in (row * tokens, row * tokens + end)]
+    return torch.tensor([*bounds, len(ends) * tokens], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
