@@ -11,7 +11,7 @@ from torch import nn
 
 __all__ = ["BackendUnsupported", "add_backend", "native_attention", "uses_dispatcher", "when_set"]
 
-TESTED = "0.36 to 0.42"
+TESTED = "0.42"
 _ATTRIBUTES = ("_backends", "_constraints", "_supported_arg_names")
 
 
