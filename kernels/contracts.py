@@ -215,6 +215,19 @@ FIRST_ORDER_ATTENTION: Contract = (
     at_least_one("workspace_mb", " (MiB)"),
 )
 
+SAMPLED_ERROR: Contract = (
+    tensor("query", FLOATING, "[B, Hq, Nq, D]"),
+    tensor("key", FLOATING, "[B, Hkv, Nk, D]", like="query"),
+    heads_divide,
+    tensor("value", FLOATING, "[B, Hkv, Nk, Dv]", like="query"),
+    tensor("out", FLOATING, "[B, Hq, Nq, Dv]", like="query"),
+    tensor("q_order", INT32, "[B, Hq, Nq]", meaning="[B, H, N] of its tokens"),
+    *offsets("q_offsets", "[B, Hq, Cq + 3]"),
+    *offsets("k_offsets", "[B, Hkv, Ck + 3]"),
+    finite_scale,
+    at_least_one("rows"),
+)
+
 BLOCK_DENSITY: Contract = (
     tensor("block_map", BOOL, "[B, Hq, Cq + 2, Ck + 2]"),
     tensor("q_offsets", INT32, "[B, Hq, Cq + 3]"),

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from svg2_compile.kernels.cpu.native.build import native
-
 
 class Implementation(NamedTuple):
     """One implementation of all ops: a module with a function per op, the device types that it serves, and the widest
@@ -77,15 +75,23 @@ def implementation_for(device: torch.device) -> str:
                 f"implementation {requested!r} was requested for tensors on {device.type}; "
                 f"valid for it: {', '.join(served)}"
             )
-        if requested == "native" and native().library is None:
-            raise ValueError(f"implementation 'native' was requested, but there is no native code: {native().detail}")
+        problem = _native_problem() if requested == "native" else None
+        if problem is not None:
+            raise ValueError(f"implementation 'native' was requested, but there is no native code: {problem}")
         return requested
     if device.type not in DEFAULT_IMPLEMENTATION:
         raise ValueError(
             f"svg2 ops have no implementation for device {device.type!r}; valid: {', '.join(DEFAULT_IMPLEMENTATION)}"
         )
     chosen = DEFAULT_IMPLEMENTATION[device.type]
-    return "cpu" if chosen == "native" and native().library is None else chosen
+    return "cpu" if chosen == "native" and _native_problem() is not None else chosen
+
+
+def _native_problem() -> str | None:
+    """Why there is no native code for the CPU; None where there is."""
+    # By its name, as implementations are: they stand above this file.
+    native = importlib.import_module("svg2_compile.kernels.cpu.native.build").native()
+    return None if native.library is not None else native.detail
 
 
 def run_implementation(op: str, device: torch.device, *args: Any) -> Any:

@@ -9,8 +9,9 @@ with masked tokens; each may be empty. ``offsets`` int32 [B, H, C + 3] are the b
 A function below ``@define`` is three things at once: the op's signature, its documentation, and its fake kernel, whose
 body makes empty results of the right shape, dtype and layout (``definition.py``). What a call must keep to is a table
 in ``contracts.py``. The ops of first-order compensation, and of budgets that a layer's heads share, are in
-``first_order.py``. Which implementation runs is one table in ``dispatch.py``; ``use_implementation`` asks for one
-explicitly, and such a request never falls back. The ops are for inference: they have no autograd formula.
+``first_order.py``; the one that measures errors is in ``sampled_error.py``. Which implementation runs is one table in
+``dispatch.py``; ``use_implementation`` asks for one explicitly, and such a request never falls back. The ops are for
+inference: they have no autograd formula.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from svg2_compile.kernels.first_order import (
     first_order_terms,
     select_blocks_of_layer,
 )
+from svg2_compile.kernels.sampled_error import sampled_error
 
 __all__ = [
     "block_density",
@@ -41,6 +43,7 @@ __all__ = [
     "implementation_for",
     "kmeans",
     "permute_tokens",
+    "sampled_error",
     "select_blocks",
     "select_blocks_by_error",
     "select_blocks_of_layer",

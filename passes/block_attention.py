@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from svg2_compile.kernels import ops as _ops  # noqa: F401  (registers the svg2:: operators)
+from svg2_compile.passes.error_guard import emit_density, emit_next_budget, emit_sampled_error
 from svg2_compile.passes.graph.builder import GraphBuilder
 
 __all__ = ["BlockAttention", "ClusteredTokens", "Clustering", "SparsityPolicy"]
@@ -29,7 +30,8 @@ class SparsityPolicy:
         that exact at the centroids of the queries' clusters and right to first order next to them.
     routing: "score" (softmax mass) or "error" (expected error of compensation).
     budget: "row", every query cluster has the density; or "layer", all heads of an attention have it together.
-    collect_stats: also emit the density of every site.
+    collect_stats: also emit the density of every site. measure_error: also emit its error on a few exact rows.
+    target_error: that error, which the budget of the next step follows; None where the density is given.
     workspace_mb: MiB that the attention kernel may use for its lists of keys, on a GPU.
     """
 
@@ -42,6 +44,8 @@ class SparsityPolicy:
     budget: str
     collect_stats: bool
     workspace_mb: int
+    measure_error: bool = False
+    target_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ class ClusteredTokens(NamedTuple):
 
 
 class BlockAttention:
-    """Selection and attention of one site, emitted by ``emit``; afterwards ``block_map`` and ``budget`` are their nodes
-    (budget: None unless all heads share one)."""
+    """Selection and attention of one site, emitted by ``emit``. Afterwards ``block_map`` is a node, and so are, where
+    there is such a thing, ``budget`` (the heads share one), ``next_budget`` (it follows an error), ``errors`` of the
+    heads and the ``error`` of all together."""
 
     def __init__(
         self,
@@ -84,6 +89,9 @@ class BlockAttention:
         self.build, self.policy, self.scale = build, policy, scale
         self.tokens, self.query, self.key = tokens, query, key
         self.budget: fx.Node | None = None
+        self.next_budget: fx.Node | None = None
+        self.errors: fx.Node | None = None
+        self.error: fx.Node | None = None
         self.means: tuple[fx.Node, ...] = ()
         self.estimates: tuple[fx.Node, ...] = ()
 
@@ -98,7 +106,17 @@ class BlockAttention:
         self.block_map = self._select_of_layer() if self.policy.budget == "layer" else self._select_of_rows()
         attended = self._attend_to_first_order() if self.policy.compensation == "first_order" else self._attend()
         (out,) = self.build.unpack(attended, ["out"])
+        if self.policy.measure_error or self.policy.target_error is not None:
+            self._measure(out)
         return out
+
+    def _measure(self, out: fx.Node) -> None:
+        tokens, target = self.tokens, self.policy.target_error
+        orders = (tokens.q_order, tokens.q_offsets, tokens.k_offsets)
+        arguments = (tokens.query, tokens.key, tokens.value, out, *orders)
+        self.errors, self.error = emit_sampled_error(self.build, *arguments, scale=self.scale)
+        if target is not None and self.budget is not None:
+            self.next_budget = emit_next_budget(self.build, self.budget, self.error, target)
 
     def _estimate(self) -> tuple[fx.Node, ...]:
         estimates = self.build.call(
@@ -126,8 +144,9 @@ class BlockAttention:
         self.budget = build.call(
             torch.ops.aten.new_full.default, query.centroids, [], self.policy.density, name="budget"
         )
+        density = self.budget if self.policy.target_error is None else emit_density(build, self.budget)
         arguments = (*self.estimates, variances, self.key.centroids, query.sizes, self.tokens.k_offsets)
-        return build.call(_svg2.select_blocks_of_layer.default, *arguments, self.scale, self.budget, name="block_map")
+        return build.call(_svg2.select_blocks_of_layer.default, *arguments, self.scale, density, name="block_map")
 
     def _attend(self) -> fx.Node:
         tokens, means = self.tokens, self.means[1:] or (None, None)

@@ -29,6 +29,7 @@ import torch
 from torch import fx
 
 from svg2_compile.passes.attention.call import AttentionCall, KeyMask
+from svg2_compile.passes.attention.emit_rest import Rows, emit_rest, emit_rows
 from svg2_compile.passes.attention.masks import KeyPadding
 from svg2_compile.passes.graph.builder import GraphBuilder
 from svg2_compile.passes.graph.sizes import SizeEmitter, plain_size
@@ -60,7 +61,7 @@ def erase_unused(gm: fx.GraphModule, sites: Sequence[Site]) -> None:
 
 def _needs_work(site: Site) -> bool:
     call = site.call
-    masks = call.ends is not None or call.key_mask is not None
+    masks = call.ends is not None or call.parted is not None or call.key_mask is not None
     return masks or call.axes == "nhd" or call.out_axes is not None or len(site.video_parts) > 1
 
 
@@ -77,10 +78,13 @@ class _SiteRewriter:
         call, build = self.call, self.build
         dense = build.value(self.anchor)
         query, key, value = (self._in_order(self._heads_first(n, dense.dtype), 2) for n in self._operands())
-        padding = self._key_padding(query)
+        rows = None if call.parted is None else emit_rows(build, call, build.size(query, 2))
+        padding = self._key_padding(query, rows)
         shape = [*(build.size(query, dim) for dim in range(3)), build.size(value, 3)]
         attended = build.call(_aten.new_empty.default, query, shape, name="attention")
         out = self._heads_back(self._out_of_order(attended))
+        if rows is not None:
+            out = emit_rest(build, call, rows, out)
         if dense.stride() != build.value(out).stride():
             out = build.call(_aten.contiguous.default, out)
         self.anchor.replace_all_uses_with(out)
@@ -89,7 +93,8 @@ class _SiteRewriter:
         # Everything else about the mask was decided; the nodes that it is made of are in front of this one.
         inside = replace(inside, attn_mask=None if padding is None else padding.mask, source=call.source)
         start = 0 if len(self.site.video_parts) > 1 else self.site.video_start
-        return replace(self.site, call=inside, video_start=start, key_padding=padding)
+        share = None if rows is None else rows.dense_share
+        return replace(self.site, call=inside, video_start=start, key_padding=padding, dense_share=share)
 
     def _operands(self) -> tuple[fx.Node, fx.Node, fx.Node]:
         key = self.call.key
@@ -136,8 +141,11 @@ class _SiteRewriter:
         places = self.build.unpack(pieces, [f"piece_{index}" for index in range(len(lengths))])
         return self.build.call(_aten.cat.default, [places[index] for index in _order(self.site)], 2)
 
-    def _key_padding(self, query: fx.Node) -> KeyPadding | None:
+    def _key_padding(self, query: fx.Node, rows: Rows | None) -> KeyPadding | None:
         build, padding = self.build, self.site.key_padding
+        if rows is not None:
+            attended = self._in_order(rows.attended, 1)
+            return KeyPadding(build.call(_aten.unflatten.int, attended, 1, [1, 1, -1]), "attend")
         if self.call.ends is not None:
             count = build.size(query, 2)
             places = build.call(_aten.arange.default, count, device=build.value(query).device)

@@ -7,12 +7,13 @@ Needs: the attentions of find_attention, the layouts of token_layout on the same
 
 An attention becomes a Site where its queries and keys are the same tokens, a part of them is video (in one piece or in
 several), nothing but key padding masks it, and it is long enough to gain. Everything else becomes a Skip with a stable
-reason. In doubt: dense.
+reason. In doubt: dense. Where the length is symbolic, a Site is asked anew at every size whether it is long enough.
 Guarantees: every attention has one decision, in the order of the graph; no guard is added.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,16 +27,20 @@ from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATION
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_padding
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
+from svg2_compile.passes.expected_gain import cluster_counts, traced_video_tokens, with_expected_gain
 from svg2_compile.passes.graph.nodes import is_projected
 from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.layout.axes import Factor
 from svg2_compile.passes.layout.lengths import same_length, size_expr
-from svg2_compile.passes.sites import Site, SitePolicy, Skip, StaysDense, dense_layer_count, dense_layer_detail
+from svg2_compile.passes.sites import Site, SitePolicy, Skip, dense_layer_count, dense_layer_detail
+from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.token_layout import TokenLayouts
-from svg2_compile.passes.worth import cluster_counts, with_expected_gain
 
-__all__ = ["decide_sites"]
+__all__ = ["Parts", "decide_call", "decide_sites", "video_parts"]
+
+Parts = tuple[tuple[Any, Any], ...]
+"""Start and length of every piece of the video on the token axis that queries and keys share."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,14 +73,34 @@ def decide_sites(
         (found.node, Skip(found.name, found.reason, found.detail)) for found in unreadable
     ]
     profile = profile or profile_for(device)
-    decisions += [(call.node, _decide(call, layouts, policy, device, profile, numbers or {})) for call in calls]
+    for call in calls:
+        find_parts = functools.partial(video_parts, call, layouts)
+        decisions.append((call.node, _decide(call, find_parts, policy, device, profile, numbers or {})))
     position = {node: i for i, node in enumerate(next(iter(decisions))[0].graph.nodes)} if decisions else {}
     ordered = [decision for _, decision in sorted(decisions, key=lambda pair: position[pair[0]])]
+    ordered = _settle_the_shorter(ordered)
     if not regional:
         names = [decision.name for decision in ordered if isinstance(decision, Site)]
         count = first_dense(names) if first_dense is not None else dense_layer_count(policy.dense_layers, len(names))
         ordered = _leave_first_layers_dense(ordered, count, dense_layer_detail(count, policy.dense_layers))
     return _numbered(ordered)
+
+
+def _settle_the_shorter(decisions: list[Site | Skip]) -> list[Site | Skip]:
+    """A graph is sparse at a size where all of its sites are. So of those that are too short at the traced size only
+    the longest wait for another one: a short one beside them would keep them dense."""
+    sites = [decision for decision in decisions if isinstance(decision, Site)]
+    all_short = all(site.too_short is not None for site in sites)
+    longest = max((traced_video_tokens(site) for site in sites), default=0)
+
+    def settle(decision: Site | Skip) -> Site | Skip:
+        if not isinstance(decision, Site) or decision.too_short is None:
+            return decision
+        if all_short and traced_video_tokens(decision) == longest:
+            return decision
+        return _skip_site(decision, decision.too_short.reason, decision.too_short.detail)
+
+    return [settle(decision) for decision in decisions]
 
 
 def _leave_first_layers_dense(decisions: list[Site | Skip], count: int, detail: str) -> list[Site | Skip]:
@@ -109,9 +134,29 @@ def _skip_site(site: Site, reason: str, detail: str) -> Skip:
     )
 
 
+def decide_call(
+    call: AttentionCall,
+    parts: Parts | StaysDense,
+    policy: SitePolicy,
+    device: torch.device,
+    profile: DeviceProfile | None = None,
+) -> Site | Skip:
+    """Decide one attention of which it is known where the video is, or why not; the rest as of decide_sites."""
+
+    def known_parts() -> Parts:
+        lengths = [node_value(call.query).shape[call.token_dim], node_value(call.key).shape[call.key_token_dim]]
+        if lengths[0] != lengths[1]:
+            raise StaysDense("cross_attention", f"{lengths[0]} queries and {lengths[1]} keys are different tokens")
+        if isinstance(parts, StaysDense):
+            raise parts
+        return parts
+
+    return _decide(call, known_parts, policy, device, profile or profile_for(device), {})
+
+
 def _decide(
     call: AttentionCall,
-    layouts: TokenLayouts,
+    find_parts: Callable[[], Parts],
     policy: SitePolicy,
     device: torch.device,
     profile: DeviceProfile,
@@ -124,7 +169,7 @@ def _decide(
         batch, num_heads, num_kv_heads, head_dim, tokens = _dimensions(call, known)
         numbers |= {"num_heads": num_heads, "head_dim": head_dim}
         _check_head_dim(call, head_dim, device)
-        parts = _video_parts(call, layouts)
+        parts = find_parts()
         video_tokens = plain_size(sympy.Add(*(length for _, length in parts)))
         numbers |= {"video_tokens": video_tokens, "context_tokens": tokens - video_tokens}
         key_padding = _check_call(call)
@@ -190,8 +235,8 @@ def _number(size: Any, known: Mapping[sympy.Symbol, Any]) -> Any:
     return plain_size(size_expr(size).xreplace({symbol: sympy.sympify(number) for symbol, number in known.items()}))
 
 
-def _video_parts(call: AttentionCall, layouts: TokenLayouts) -> tuple[tuple[Any, Any], ...]:
-    """Start and length of every piece of the video on the token axis that queries and keys share."""
+def video_parts(call: AttentionCall, layouts: TokenLayouts) -> Parts:
+    """Where the video is, by the layouts of queries and keys."""
     query = layouts.segments(call.query, call.token_dim, call.sequences)
     key = layouts.segments(call.key, call.key_token_dim, call.sequences)
     if query is None or key is None or not layouts.latent:
@@ -226,15 +271,20 @@ def _arrive_as_they_are(query: Factor, key: Factor, call: AttentionCall, layouts
     """Whether queries, keys and values are three inputs of the graph of one length.
 
     A graph break left their projections to another graph. Text that a video attends to is not as long as the video, and
-    tokens that attend to equally many others are clustered as well as those that attend to themselves.
+    tokens that attend to equally many others are clustered as well as those that attend to themselves. What queries and
+    keys both take in, such as rotary embeddings, tells neither from the other.
     """
     value = layouts.segments(call.value, call.token_dim, call.sequences)
     tensors = (query, key, value or ())
-    if any(len(segments) != 1 or len(segments[0].sources) != 1 for segments in tensors):
+    if any(len(segments) != 1 for segments in tensors):
+        return False
+    common = query[0].sources & key[0].sources
+    own = [segments[0].sources - common for segments in tensors]
+    if any(len(sources) != 1 for sources in own):
         return False
     if any(is_projected(node) for node in (call.query, call.key, call.value)):
         return False
-    names = {next(iter(segments[0].sources)) for segments in tensors}
+    names = frozenset().union(*own)
     lengths = [segments[0].length for segments in tensors]
     if len(names) < 3 or not names <= layouts.inputs:
         return False

@@ -17,7 +17,8 @@ After (the caller owns the state and says how far to iterate):
         return (y, centroids, ..., density)
 
 With ``budget_input`` the density that a layer's heads share becomes an input as well, behind the others: float32 [],
-on the device, so that it may change from step to step without a new graph and without a host read.
+on the device, so that it may change from step to step without a new graph and without a host read. Where the density
+follows an error (error_guard.py) every site has a budget of its own among the loop-carried tensors instead.
 
 Guarantees: the graph is a pure function of its inputs; the original inputs and outputs keep their places, the new ones
 follow them in the order of the StateSpec. No state is hidden in the graph and no constant depends on layer or step.
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -37,29 +38,45 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from svg2_compile.passes.graph.values import find_fake_mode, metadata_key
 from svg2_compile.passes.sparsify import Clustering, SparseSite
 
-__all__ = ["StateSlot", "StateSpec", "hoist_centroids"]
+__all__ = ["BUDGET", "OrderSlot", "StateSlot", "StateSpec", "hoist_centroids"]
+
+BUDGET = "svg2_budget"
+"""The input that has the density, where heads share one that is given."""
 
 
 @dataclass(frozen=True)
 class StateSlot:
-    """One loop-carried tensor: float32 centroids [B, H, C, D].
+    """One loop-carried tensor: float32 centroids [B, H, C, D] (role "query" or "key"), or a budget [] ("budget").
 
-    shape: ints, or sympy expressions over the symbols of the graph's own inputs.
+    shape: ints, or sympy expressions over the symbols of the graph's own inputs. start: what fills it where nothing is
+    carried.
     """
 
     site_index: int
     role: str
     name: str
     shape: tuple[Any, ...]
+    start: float = 0.0
+
+
+@dataclass(frozen=True)
+class OrderSlot:
+    """The order of one site's heads (see balance_heads): int64 [heads]."""
+
+    site_index: int
+    heads: int
+    ranks: int
+    group: str
 
 
 @dataclass(frozen=True)
 class StateSpec:
     """How the rewritten graph is called.
 
-    Inputs:  the original ones, one centroid tensor per slot, ``seeded`` (bool tensor []), ``iters`` (int), and with
-             ``has_budget`` the density (float32 tensor []).
-    Outputs: the original ones, one centroid tensor per slot, one density tensor [B, H] per entry of density_sites.
+    Inputs:  the original ones, one tensor per slot, ``seeded`` (bool tensor []), ``iters`` (int), and with
+             ``has_budget`` the density (float32 tensor []); then one order of heads (int64 [H]) per entry of orders.
+    Outputs: the original ones, one tensor per slot, one density tensor [B, H] per entry of density_sites, and two
+             tensors per entry of error_sites: the errors of the heads [B, H], and that of all together [].
     """
 
     slots: tuple[StateSlot, ...]
@@ -68,6 +85,8 @@ class StateSpec:
     num_outputs: int
     device: torch.device
     has_budget: bool = False
+    error_sites: tuple[int, ...] = ()
+    orders: tuple[OrderSlot, ...] = ()
 
 
 def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite], budget_input: bool = False) -> StateSpec:
@@ -79,35 +98,66 @@ def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite], budget_inpu
     clusterings = [(site, side) for site in sites for side in (site.query, site.key)]
     placeholders = _Placeholders(graph)
     num_inputs = placeholders.count
-    slots = []
+    device = _device_of(graph, clusterings[0][1])
+    slots, carried = [], []
     for site, side in clusterings:
         state = placeholders.append(f"svg2_{site.site.index}_{side.role}_state", side.cold_centroids)
         side.kmeans.update_arg(1, state)
         slots.append(StateSlot(site.site.index, side.role, state.name, _shape_of(graph, state)))
-    device = _device_of(graph, clusterings[0][1])
+        carried.append(side.centroids)
+    for site in sites:
+        if site.next_budget is not None and site.budget is not None:
+            start = cast("float", site.budget.args[2])
+            state = placeholders.append(f"svg2_{site.site.index}_budget_state", site.budget)
+            _replace(graph, site.budget, state)
+            slots.append(StateSlot(site.site.index, "budget", state.name, (), start))
+            carried.append(site.next_budget)
     seeded = placeholders.append("svg2_seeded", clusterings[0][1].cold_flag)
     iters = placeholders.append_int("svg2_iters")
-    budgets = [site.budget for site in sites if site.budget is not None] if budget_input else []
-    if budgets:
-        budget = placeholders.append("svg2_budget", budgets[0])
-        for node in budgets:
-            node.replace_all_uses_with(budget)
-            _erase_unused(graph, node)
+    shared = [site.budget for site in sites if site.budget is not None and site.next_budget is None]
+    has_budget = budget_input and bool(shared)
+    if has_budget:
+        budget = placeholders.append(BUDGET, shared[0])
+        for node in shared:
+            _replace(graph, node, budget)
+    orders = _hoist_orders(graph, placeholders, sites)
     for _, side in clusterings:
         side.kmeans.update_arg(2, seeded)
         side.kmeans.update_arg(3, iters)
         _erase_unused(graph, side.cold_centroids)
         _erase_unused(graph, side.cold_flag)
 
-    densities = [site for site in sites if site.density is not None]
-    num_outputs = _append_outputs(
-        graph, [side.centroids for _, side in clusterings] + [site.density for site in densities if site.density]
-    )
+    densities = {site.site.index: site.density for site in sites if site.density is not None}
+    errors = {site.site.index: (site.errors, site.error) for site in sites if site.errors and site.error}
+    measured = [*densities.values(), *(node for pair in errors.values() for node in pair)]
+    num_outputs = _append_outputs(graph, [*carried, *measured])
     graph.lint()
     gm.recompile()
     return StateSpec(
-        tuple(slots), tuple(site.site.index for site in densities), num_inputs, num_outputs, device, bool(budgets)
+        *(tuple(slots), tuple(densities), num_inputs, num_outputs, device),
+        has_budget=has_budget,
+        error_sites=tuple(errors),
+        orders=orders,
     )
+
+
+def _replace(graph: fx.Graph, node: fx.Node, state: fx.Node) -> None:
+    """Let an input take the place of a constant."""
+    node.replace_all_uses_with(state)
+    _erase_unused(graph, node)
+
+
+def _hoist_orders(graph: fx.Graph, placeholders: _Placeholders, sites: Sequence[SparseSite]) -> tuple[OrderSlot, ...]:
+    slots = []
+    for site in sites:
+        order = site.head_order
+        if order is not None:
+            index = site.site.index
+            state = placeholders.append(f"svg2_{index}_order", order.node)
+            order.node.replace_all_uses_with(state)
+            _erase_unused(graph, order.node)
+            slots.append(OrderSlot(index, order.heads, order.ranks, order.group))
+    return tuple(slots)
 
 
 class _Placeholders:

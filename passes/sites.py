@@ -9,10 +9,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from svg2_compile.passes.attention.call import AttentionCall
 from svg2_compile.passes.attention.masks import KeyPadding
+from svg2_compile.passes.stays_dense import StaysDense
+from svg2_compile.passes.worth import Worth
 
-__all__ = ["Site", "SitePolicy", "Skip", "StaysDense", "dense_layer_count", "dense_layer_detail"]
+__all__ = ["Site", "SitePolicy", "Skip", "dense_layer_count", "dense_layer_detail"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Site:
 
     video_parts: start and length of every piece of the video on the token axis. Several are brought together at its
     start before they are clustered (canonical.py): video_start is 0 then, and video_tokens counts all of them.
+    worth: asked at run time whether the sizes of a call are worth it; None where every size that may come is.
+    too_short: why the sizes that were traced are not. dense_share: float32 [batch, 1], how much of the scores of
+    a row stays dense all the same; None where nothing does.
     """
 
     index: int
@@ -55,6 +62,9 @@ class Site:
     predicted_speedup: float | None
     expected_density: float | None = None
     video_parts: tuple[tuple[Any, Any], ...] = ()
+    worth: Worth | None = None
+    too_short: StaysDense | None = None
+    dense_share: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,3 @@ def dense_layer_count(dense_layers: int | float, num_sites: int) -> int:
 def dense_layer_detail(count: int, dense_layers: int | float) -> str:
     """The reason "dense_layer" in words."""
     return f"the first {count} attentions over the video stay dense (dense_layers={dense_layers})"
-
-
-class StaysDense(Exception):
-    """Why an attention stays dense, raised where that is found. numbers: fields of the Skip that are known by then."""
-
-    def __init__(self, reason: str, detail: str, **numbers: Any) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-        self.numbers = numbers

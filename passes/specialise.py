@@ -23,11 +23,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from svg2_compile.passes.graph.sizes import traced_sizes
 from svg2_compile.passes.graph.values import find_fake_mode, node_value
 from svg2_compile.passes.layout.lengths import known_number
 from svg2_compile.passes.sites import Site, Skip
 
-__all__ = ["can_specialise", "guard_signs", "negative_sizes", "specialise", "traced_sizes", "with_numbers"]
+__all__ = ["can_specialise", "guard_signs", "negative_sizes", "sizes_of", "specialise", "with_numbers"]
 
 
 def can_specialise(gm: fx.GraphModule) -> bool:
@@ -40,7 +41,7 @@ def can_specialise(gm: fx.GraphModule) -> bool:
     if shape_env is None or shape_env.frozen or not any(hasattr(node, "_dynamo_source") for node in placeholders):
         return False
     symbols = _symbols_of(gm.graph.nodes)
-    return bool(symbols) and all(symbol in _known(shape_env) for symbol in symbols) and not _declared(shape_env)
+    return bool(symbols) and all(symbol in traced_sizes(shape_env) for symbol in symbols) and not _declared(shape_env)
 
 
 def specialise(gm: fx.GraphModule) -> None:
@@ -48,7 +49,7 @@ def specialise(gm: fx.GraphModule) -> None:
     shape_env = _shape_env(gm)
     assert shape_env is not None
     for symbol in sorted(_symbols_of(gm.graph.nodes), key=str):
-        shape_env.evaluate_expr(sympy.Eq(symbol, _known(shape_env)[symbol]))
+        shape_env.evaluate_expr(sympy.Eq(symbol, traced_sizes(shape_env)[symbol]))
 
 
 def guard_signs(gm: fx.GraphModule) -> None:
@@ -57,7 +58,7 @@ def guard_signs(gm: fx.GraphModule) -> None:
     if shape_env is None or shape_env.frozen:
         return
     for symbol in _unproven_signs(gm, shape_env):
-        if symbol in _known(shape_env):
+        if symbol in traced_sizes(shape_env):
             shape_env.evaluate_expr(sympy.Ge(symbol, 0))
 
 
@@ -66,20 +67,19 @@ def negative_sizes(gm: fx.GraphModule) -> bool:
     shape_env = _shape_env(gm)
     if shape_env is None:
         return False
-    known = _known(shape_env)
+    known = traced_sizes(shape_env)
     unproven = _unproven_signs(gm, shape_env)
     return any(known[s] < 0 if s in known else _is_used_as_size(s, gm) for s in unproven)
 
 
-def traced_sizes(gm: fx.GraphModule) -> dict[sympy.Symbol, Any]:
-    """The number that every symbol was traced with."""
-    shape_env = _shape_env(gm)
-    return {} if shape_env is None else _known(shape_env)
+def sizes_of(gm: fx.GraphModule) -> dict[sympy.Symbol, Any]:
+    """The number that every symbol of the graph was traced with."""
+    return traced_sizes(_shape_env(gm))
 
 
 def with_numbers(decisions: Sequence[Site | Skip], gm: fx.GraphModule) -> list[Site | Skip]:
     """The decisions with the sizes that were traced in the place of symbols."""
-    known = traced_sizes(gm)
+    known = sizes_of(gm)
     names = ["batch", "num_heads", "num_kv_heads", "num_tokens", "video_start", "video_tokens"]
     names += ["num_q_clusters", "num_k_clusters", "context_tokens"]
 
@@ -90,6 +90,7 @@ def with_numbers(decisions: Sequence[Site | Skip], gm: fx.GraphModule) -> list[S
         }
         if isinstance(decision, Site):
             parts = decision.video_parts
+            numbers["worth"] = None
             numbers["video_parts"] = tuple((known_number(a, known), known_number(b, known)) for a, b in parts)
         return replace(decision, **numbers)
 
@@ -99,12 +100,6 @@ def with_numbers(decisions: Sequence[Site | Skip], gm: fx.GraphModule) -> list[S
 def _shape_env(gm: fx.GraphModule) -> ShapeEnv | None:
     mode = find_fake_mode(gm.graph)
     return None if mode is None else mode.shape_env
-
-
-def _known(shape_env: ShapeEnv) -> dict[sympy.Symbol, Any]:
-    # Named var_to_val before torch 2.13.
-    known = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
-    return dict(known)
 
 
 def _symbols_of(nodes: Iterable[fx.Node]) -> set[sympy.Symbol]:

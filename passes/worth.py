@@ -1,65 +1,91 @@
-"""Whether an attention is long enough to gain from becoming sparse, and with how many clusters.
+"""Whether an attention is long enough to gain from becoming sparse, asked at any size.
 
-    900 video tokens, min_tokens=1       ->  the site with its predicted speedup
-    900 video tokens, min_tokens="auto"  ->  StaysDense("cost"): where the cost model predicts no gain
+    900 video tokens, min_tokens=1       ->  the predicted speedup
+    900 video tokens, min_tokens="auto"  ->  StaysDense("cost"), where the cost model predicts no gain
+    s0 * s1 video tokens                 ->  one or the other at s0 = 8, s1 = 1560
 
-Guarantees: symbolic lengths are judged by the size that was traced, and no guard is added.
+Knows no graph. What depends on data passes for an integer min_tokens, and stays dense for "auto".
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.utils._sympy.functions import FloorDiv, Max, Min
+import sympy
+from torch.utils._sympy.value_ranges import bound_sympy
 
-from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS, CountRule
-from svg2_compile.passes.cost_model import (
-    REFERENCE,
-    CostInputs,
-    DeviceProfile,
-    crossover_tokens,
-    expected_density,
-    speedup,
-)
-from svg2_compile.passes.graph.sizes import plain_size
-from svg2_compile.passes.graph.values import fake_mode_of_values, node_value
+from svg2_compile.passes.cost_model import REFERENCE, CostInputs, DeviceProfile, crossover_tokens, speedup
 from svg2_compile.passes.layout.lengths import known_number
-from svg2_compile.passes.sites import Site, SitePolicy, StaysDense
+from svg2_compile.passes.stays_dense import StaysDense
 
-__all__ = ["cluster_counts", "with_expected_gain"]
+__all__ = ["Sizes", "Worth"]
 
-
-def cluster_counts(policy: SitePolicy, video: Any) -> tuple[Any, Any]:
-    """Clusters of queries and keys: as configured, else from the number of tokens; never more than tokens."""
-    q_clusters = policy.num_q_clusters or _default_count(QUERY_CLUSTERS, video)
-    k_clusters = policy.num_k_clusters or _default_count(KEY_CLUSTERS, video)
-    return plain_size(Min(q_clusters, video)), plain_size(Min(k_clusters, video))
+Sizes = Mapping[sympy.Symbol, Any]
+"""The number that every symbol is."""
 
 
-def _default_count(rule: CountRule, video: Any) -> Any:
-    """``rule.count``, of a symbolic number of tokens as well."""
-    wanted = rule.base + FloorDiv(video, rule.tokens_per_cluster)
-    return Min(wanted, rule.most, Max(1, FloorDiv(video, rule.fewest_tokens)))
+@dataclass(frozen=True)
+class Worth:
+    """The question whether an attention is long enough, for sizes that another call may change.
 
+    cost: of CostInputs; its sizes are ints, or sympy expressions over the sizes of the graph's inputs.
+    min_tokens: as of SitePolicy. profile: of the device.
+    """
 
-def with_expected_gain(site: Site, policy: SitePolicy, profile: DeviceProfile) -> Site:
-    """The site with its predicted speedup, if the size is known. Raises StaysDense where it is too short to gain."""
-    video = _hint(site, site.video_tokens)
-    if isinstance(policy.min_tokens, int):
-        if video is not None and video < policy.min_tokens:
-            raise StaysDense("short_sequence", f"{video} video tokens, fewer than min_tokens={policy.min_tokens}")
-        if site.video_tokens == 0:
-            raise StaysDense("short_sequence", "no video tokens")
-    cost = _cost_inputs(site, policy)
-    if cost is None:
-        if policy.min_tokens == "auto":
-            raise StaysDense("cost", "the size depends on data: give min_tokens as an integer to make it sparse")
-        return site
-    gain = float(speedup(cost, profile)) if cost.groups and video else 0.0
-    if policy.min_tokens == "auto":
-        _check_gain(cost, profile, gain)
-    return replace(site, predicted_speedup=gain, expected_density=cost.density)
+    cost: CostInputs
+    min_tokens: int | str
+    profile: DeviceProfile
+
+    @property
+    def symbols(self) -> frozenset[sympy.Symbol]:
+        """What the answer depends on."""
+        sizes = [self.cost.video] if isinstance(self.min_tokens, int) else vars(self.cost).values()
+        return frozenset().union(*(size.free_symbols for size in sizes if _is_symbolic(size)))
+
+    def at(self, sizes: Sizes) -> CostInputs | None:
+        """The attention at these sizes; None where one is missing or is no whole number."""
+        numbers: dict[str, Any] = {
+            name: known_number(size, sizes) for name, size in vars(self.cost).items() if _is_symbolic(size)
+        }
+        return None if None in numbers.values() else replace(self.cost, **numbers)
+
+    def gain(self, sizes: Sizes) -> float | None:
+        """The predicted speedup at these sizes; None where they are not known.
+
+        Raises:
+            StaysDense: too short to gain, or too short for min_tokens.
+        """
+        cost = self.at(sizes)
+        if isinstance(self.min_tokens, int):
+            video = known_number(self.cost.video, sizes)
+            if video is not None and video < self.min_tokens:
+                raise StaysDense("short_sequence", f"{video} video tokens, fewer than min_tokens={self.min_tokens}")
+            if video == 0:
+                raise StaysDense("short_sequence", "no video tokens")
+        if cost is None:
+            if self.min_tokens == "auto":
+                raise StaysDense("cost", "the size depends on data: give min_tokens as an integer to make it sparse")
+            return None
+        gain = float(speedup(cost, self.profile)) if cost.groups and cost.video else 0.0
+        if self.min_tokens == "auto":
+            _check_gain(cost, self.profile, gain)
+        return gain
+
+    def may_change(self, traced: Sizes, ranges: Mapping[sympy.Symbol, Any]) -> bool:
+        """Whether other sizes within ``ranges`` may have another answer than those that were traced."""
+        if not self.symbols:
+            return False
+        if self.min_tokens == "auto":
+            cost = self.at(traced)
+            if self.profile is REFERENCE or cost is None:
+                return False
+            return not cost.groups or crossover_tokens(cost, self.profile) is not None
+        if not _is_symbolic(self.cost.video):
+            return False
+        bounds = bound_sympy(self.cost.video, {s: r for s, r in ranges.items() if s in self.cost.video.free_symbols})
+        return bool(bounds.lower < max(self.min_tokens, 1) <= bounds.upper)
 
 
 def _check_gain(cost: CostInputs, profile: DeviceProfile, gain: float) -> None:
@@ -77,36 +103,5 @@ def _check_gain(cost: CostInputs, profile: DeviceProfile, gain: float) -> None:
         )
 
 
-def _cost_inputs(site: Site, policy: SitePolicy) -> CostInputs | None:
-    """What the cost model is asked about; None where a size depends on data."""
-    video, tokens = _hint(site, site.video_tokens), _hint(site, site.num_tokens)
-    batch, heads = _hint(site, site.batch), _hint(site, site.num_heads)
-    if video is None or tokens is None or batch is None or heads is None:
-        return None
-    return CostInputs(
-        video=video,
-        context=tokens - video,
-        groups=batch * heads,
-        head_dim=site.head_dim,
-        num_q_clusters=_hint(site, site.num_q_clusters),
-        num_k_clusters=_hint(site, site.num_k_clusters),
-        iters=policy.step_iters,
-        density=expected_density(policy.top_p, policy.density, policy.min_k_ratio),
-        bytes_per_element=node_value(site.call.node).dtype.itemsize,
-        compensation=policy.compensation != "none",
-        error_routing=policy.routing == "error",
-        first_order=policy.compensation == "first_order",
-    )
-
-
-def _hint(site: Site, size: Any) -> int | None:
-    """The size that was traced; None for one that depends on data. Reads no guard."""
-    if isinstance(size, int):
-        return size
-    mode = fake_mode_of_values(node_value(site.call.node))
-    shape_env = mode.shape_env if mode is not None else None
-    if shape_env is None:
-        return None
-    # Named var_to_val before torch 2.13.
-    known = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
-    return known_number(size, known)
+def _is_symbolic(size: Any) -> bool:
+    return isinstance(size, sympy.Expr) and bool(size.free_symbols)

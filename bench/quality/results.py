@@ -11,8 +11,10 @@ __all__ = [
     "FIRST_ORDER",
     "FIRST_ORDER_LAYERS",
     "FIRST_ORDER_SIZES",
+    "GUARD",
     "LONG",
     "SPEED",
+    "STAGES",
     "VIDEO",
     "read_results",
 ]
@@ -22,10 +24,16 @@ VIDEO = "quality_video"
 FIRST_ORDER = "quality_first_order"
 FIRST_ORDER_LAYERS, FIRST_ORDER_SIZES = "quality_first_order_layers", "quality_first_order_sizes"
 """``bench.quality.campaign``: what the default and each of its parts are worth."""
+GUARD = "quality_guard"
+"""``bench.quality.guard``: densities that follow a target."""
 LONG = "quality_video_long"
 """``bench.quality.video`` of a video that is long enough to gain."""
 SPEED = "quality_video_speed"
 """``bench.quality.speed`` at the points of that."""
+
+
+STAGES = "stages"
+"""``bench.stages``."""
 
 
 def read_results(folder: Path, name: str) -> dict[str, Any] | None:

@@ -59,6 +59,7 @@ class Setting:
     guidance: float
     dense_steps: float = 0.2
     dense_layers: float = 0.03
+    dense_last_steps: int = 0
     num_q_clusters: int | None = None
 
     def options(self) -> dict[str, Any]:
@@ -66,6 +67,7 @@ class Setting:
             "num_q_clusters": self.num_q_clusters,
             "dense_steps": self.dense_steps,
             "dense_layers": self.dense_layers,
+            "dense_last_steps": self.dense_last_steps,
             "min_tokens": 0,
             "inner_backend": "eager",
         }

@@ -29,9 +29,10 @@ class AttentionCall:
     attn_mask: bool (True = attend, or False = attend where mask_excludes) or additive; in "gnd" calls broadcastable to
     [B, num_heads, N, N]. scale: None means 1 / sqrt(head_dim). form: which spelling was read. name: module path.
     out_axes: of the output, where it is not ``axes``. sequences: of a "nhd" call, all of one length. ends: an int
-    tensor of two, the second of which is where the only sequence ends; what follows is padding. key_mask: which keys
-    are attended. source: the operator with several outputs of which ``node`` is one. quantised: it computes with fewer
-    bits than its inputs have, by design.
+    tensor of two, the second of which is where the only sequence ends; what follows is padding. parted: the starts of
+    queries and of keys where each of ``sequences`` rows is two sequences, whose lengths are data; the first is attended
+    sparsely. key_mask: which keys are attended. source: the operator with several outputs of which ``node`` is one.
+    quantised: it computes with fewer bits than its inputs have, by design.
     """
 
     node: fx.Node
@@ -51,6 +52,7 @@ class AttentionCall:
     name: str = ""
     sequences: int = 1
     ends: fx.Node | None = None
+    parted: tuple[fx.Node, fx.Node] | None = None
     key_mask: KeyMask | None = None
     source: fx.Node | None = None
     quantised: bool = False

@@ -3,6 +3,7 @@
     flash_attn_varlen_func(q, k, v, starts, starts, ...)
         starts = [0, N], or [0, N, 2N] ...     ->  sequences of one length
         starts = two numbers that are data     ->  one sequence, and padding behind it
+        starts = 2 * rows + 1 that are data    ->  rows of a sequence, and one of padding behind it (see emit_rest.py)
         anything else                          ->  "several_sequences"
 
 Causal and dropout go on to the decision, which names them; windows, soft caps, slopes and the like are not understood.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -44,11 +46,12 @@ def read_foreign_attention(node: fx.Node, numbers: Numbers) -> AttentionCall | U
     if output is None:
         detail = f"{call.name}: more than its output is used (the log-sum-exp of the attention)"
         return UnreadableAttention(node, name, "aux_outputs", detail)
-    sequences, ends = (1, None) if call.layout != "nhd" else _sequences(call, numbers)
-    if sequences is None:
+    packing = _Packing(1) if call.layout != "nhd" else _packing(call, numbers)
+    if packing is None:
         detail = (
             f"{call.name}: several sequences in one row, whose lengths are not known to be equal. Sequences of one "
-            "length, or one alone, can become sparse: leave out text that is padding, or exclude it by a mask"
+            "length, one alone, or one and its padding in every row can become sparse: leave out text that is padding, "
+            "or exclude it by a mask"
         )
         return UnreadableAttention(node, name, "several_sequences", detail)
     shape = shape_of(call.query) or ()
@@ -64,9 +67,10 @@ def read_foreign_attention(node: fx.Node, numbers: Numbers) -> AttentionCall | U
         axes="gnd" if call.layout == "bnhd" and len(shape) == 3 else call.layout,
         form=call.name,
         name=name,
-        sequences=sequences,
+        sequences=packing.sequences,
         source=node if node is not output else None,
-        ends=ends,
+        ends=packing.ends,
+        parted=packing.parted,
         quantised=call.spelling.quantised,
     )
 
@@ -81,15 +85,46 @@ def _output(node: fx.Node) -> fx.Node | None:
     return outputs.get(0)
 
 
-def _sequences(call: ForeignAttention, numbers: Numbers) -> tuple[int | None, fx.Node | None]:
-    """How many sequences of one length there are, None if they differ; and where a single one ends, if that is data."""
+@dataclass(frozen=True)
+class _Packing:
+    """How rows are packed: fields of the AttentionCall."""
+
+    sequences: int
+    ends: fx.Node | None = None
+    parted: tuple[fx.Node, fx.Node] | None = None
+
+
+def _packing(call: ForeignAttention, numbers: Numbers) -> _Packing | None:
+    """Sequences of one length, one whose end is data, or two in every row; None where it is anything else."""
     assert call.starts is not None
-    pairs = zip(call.starts, (call.query, call.key), strict=True)
+    pairs = list(zip(call.starts, (call.query, call.key), strict=True))
     counts = [_count(starts, tensor, numbers) for starts, tensor in pairs]
     if None not in counts:
-        return (counts[0], None) if counts[0] == counts[1] else (None, None)
-    single = all(shape_of(starts) == (2,) for starts in call.starts)
-    return (1, call.starts[1]) if single else (None, None)
+        return _Packing(counts[0] or 1) if counts[0] == counts[1] else None
+    sizes = {_length(starts, numbers) for starts in call.starts}
+    size = sizes.pop() if len(sizes) == 1 else None
+    if size == 2:
+        return _Packing(1, ends=call.starts[1])
+    if size is None or size < 3 or size % 2 == 0:
+        return None
+    rows = (size - 1) // 2
+    return _Packing(rows, parted=call.starts) if all(_may_be_rows(*pair, rows, numbers) for pair in pairs) else None
+
+
+def _length(starts: fx.Node, numbers: Numbers) -> int | None:
+    shape = shape_of(starts) or ()
+    size = size_expr(shape[0]).xreplace(dict(numbers)) if len(shape) == 1 else None
+    return int(size) if size is not None and size.is_Integer else None
+
+
+def _may_be_rows(starts: fx.Node, tensor: fx.Node, rows: int, numbers: Numbers) -> bool:
+    """Whether every other start may be that of a row: it is asked again when the graph runs, unless it is known."""
+    terms, shape = linear_numbers(starts), shape_of(tensor)
+    if not isinstance(terms, list) or shape is None:
+        return shape is not None
+    total = size_expr(shape[0]).xreplace(dict(numbers))
+    places = [_expression(place).xreplace(dict(numbers)) for place in terms]
+    return all(same_length(place * rows, total * row) for row, place in enumerate(places[::2]))
 
 
 def _count(starts: fx.Node, tensor: fx.Node, numbers: Numbers) -> int | None:

@@ -4,17 +4,52 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from svg2_compile.passes.graph.values import node_value
 
-__all__ = ["SizeEmitter", "plain_size", "solve_for_symbol"]
+__all__ = ["InputSize", "SizeEmitter", "input_sizes", "plain_size", "solve_for_symbol", "traced_sizes"]
+
+
+class InputSize(NamedTuple):
+    """Where a symbol is read: it is (extent - offset) / factor of an axis of an input, or of an input that is a number
+    (dim None)."""
+
+    position: int
+    dim: int | None
+    factor: int
+    offset: int
+
+
+def input_sizes(graph: fx.Graph) -> dict[sympy.Symbol, InputSize]:
+    """Every symbol that the sizes of the graph's inputs tell."""
+    found: dict[sympy.Symbol, InputSize] = {}
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        value = node_value(node)
+        extents: list[tuple[int | None, Any]] = [(None, value)]
+        if isinstance(value, torch.Tensor):
+            extents = list(enumerate(value.shape))
+        for dim, extent in extents:
+            solved = solve_for_symbol(extent.node.expr) if isinstance(extent, torch.SymInt) else None
+            if solved is not None:
+                symbol, factor, offset = solved
+                found.setdefault(symbol, InputSize(position, dim, factor, offset))
+    return found
+
+
+def traced_sizes(shape_env: ShapeEnv | None) -> dict[sympy.Symbol, Any]:
+    """The number that every symbol was traced with; those that depend on data are not among them."""
+    if shape_env is None:
+        return {}
+    # Named var_to_val before torch 2.13.
+    return dict(shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val)
 
 
 def plain_size(size: Any) -> Any:

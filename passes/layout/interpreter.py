@@ -12,7 +12,7 @@ import contextlib
 import logging
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,16 +22,18 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
+from svg2_compile.passes.graph.collectives import rank_groups, sharding_nodes
 from svg2_compile.passes.graph.foreign_attention import ForeignAttention, read_foreign
-from svg2_compile.passes.graph.values import copy_number, fake_mode_of, has_number, is_parameter, node_value
+from svg2_compile.passes.graph.values import copy_number, fake_mode_of, is_parameter, node_value
 from svg2_compile.passes.layout.axes import Axes, single
 from svg2_compile.passes.layout.in_place import last_writes
-from svg2_compile.passes.layout.lengths import known_number
 from svg2_compile.passes.layout.mode import AttentionAxes, LayoutMode, SharedValueWritten
 from svg2_compile.passes.layout.op_call import constant_axes, fit, sizes_of, unknown_axes
+from svg2_compile.passes.layout.rules.collective import resharded, sharded
 from svg2_compile.passes.layout.shared_values import SharedValues
+from svg2_compile.passes.layout.stand_ins import StandIns
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +86,13 @@ class _Interpreter:
         own_mode = fake_mode_of(gm)
         self._known = dict(getattr(own_mode.shape_env, "backed_var_to_val", {}))
         self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if concrete else own_mode
-        self._concrete = concrete
         self._env: dict[fx.Node, Any] = {}
         self._last_write = last_writes(gm.graph)
+        self._made = StandIns(self._mode, self._values, self._known, concrete, self._last_write)
         self._written_by: dict[fx.Node, list[fx.Node]] = {}
         for value, writer in self._last_write.items():
             self._written_by.setdefault(writer, []).append(value)
+        self._shards = sharding_nodes(gm, rank_groups(gm))
         self._results: dict[Any, Any] = {}
         self._autocasts: list[tuple[Any, Any]] = []
         self._found = Interpretation(unruled_ops=self._mode.unruled_ops)
@@ -139,7 +142,7 @@ class _Interpreter:
     def _run_node(self, node: fx.Node, owner: torch.nn.Module) -> Any:
         if node.op == "get_attr":
             return self._attribute(node, owner)
-        value = self._number(node_value(node))
+        value = self._made.number(node_value(node))
         if isinstance(value, _SCALAR):
             return value  # the symbols of the graph itself, where running the node could make new ones
         name = getattr(node.target, "__name__", str(node.target))
@@ -156,6 +159,8 @@ class _Interpreter:
         foreign = read_foreign(node)
         if foreign is not None:
             return self._foreign_attention(node, foreign)
+        if name in ("from_local", "redistribute", "to_local") and isinstance(args[0], torch.Tensor):
+            return self._made.fresh(value, resharded(self._mode.axes_of(args[0]), args[0], value), node)
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._call_subgraph(node, name, args, owner)
         return self._compute(node, args, kwargs)
@@ -195,7 +200,7 @@ class _Interpreter:
         query, key, value = (self._mode.axes_of(tensor) for tensor in args[:3])
         self._mode.note_attention(query[-2], key[-2], [value[-2]])
         axes = {4: (*query[:-1], value[-1]), 3: query[:-1]}  # the output, and its statistics
-        return self._as_in_metadata(node, node_value(node), lambda v: axes.get(v.dim(), unknown_axes(v)))
+        return self._made.of_metadata(node, lambda v: axes.get(v.dim(), unknown_axes(v)))
 
     def _foreign_attention(self, node: fx.Node, call: ForeignAttention) -> Any:
         """Another library's operator, which need not run on fake tensors."""
@@ -204,7 +209,7 @@ class _Interpreter:
         self._mode.note_attention(query[token], key[token], [value[token]])
         output = (*query[:-1], value[-1])
         first = next(leaf for leaf in tree_leaves(node_value(node)) if isinstance(leaf, torch.Tensor))
-        return self._as_in_metadata(node, node_value(node), lambda v: output if v is first else unknown_axes(v))
+        return self._made.of_metadata(node, lambda v: output if v is first else unknown_axes(v))
 
     def _placeholder(self, node: fx.Node) -> Any:
         if "example_value" not in node.meta and "val" not in node.meta:
@@ -212,53 +217,21 @@ class _Interpreter:
                 f"placeholder {node.name!r} of the graph has no fake-tensor metadata (`example_value` or `val`): pass "
                 "a graph from torch.compile or torch.export, or run FakeTensorProp on it first"
             )
-        value = self._number(node_value(node))
+        value = self._made.number(node_value(node))
         constant = is_parameter(node) if self._parameters is None else node.name in self._parameters
         if not constant:
             self._found.inputs |= {node.name}
         if not isinstance(value, torch.Tensor):
             return value
-        shape = self._number(value.shape)
+        shape = self._made.number(value.shape)
         axes = tuple(single(() if constant else {node.name}, size) for size in shape)
-        return self._fresh(value, axes, node)
+        return self._made.fresh(value, axes, node)
 
     def _attribute(self, node: fx.Node, owner: torch.nn.Module) -> Any:
         value: Any = owner
         for name in str(node.target).split("."):
             value = getattr(value, name)
-        return self._fresh(value, constant_axes(value), node) if isinstance(value, torch.Tensor) else value
-
-    def _fresh(self, like: torch.Tensor, axes: Axes, node: fx.Node) -> torch.Tensor:
-        """A new fake tensor with the metadata of `like`: in-place operators must not touch that of the graph."""
-        values = self._values if node not in self._last_write and not has_number(like) else None
-        known = values.find(like, axes) if values is not None else None
-        if known is not None:
-            return known
-        shape, stride = self._number(like.shape), self._number(like.stride())
-        tensor = torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
-        self._mode.set_axes(tensor, axes)
-        if not self._concrete:
-            copy_number(like, tensor)
-        return tensor if values is None else values.canonical(tensor)
-
-    def _number(self, value: Any) -> Any:
-        """Metadata with the sizes that were traced in the place of symbols, if that is asked for."""
-        if not self._concrete:
-            return value
-        if isinstance(value, (tuple, list)):
-            return (
-                type(value)([self._number(item) for item in value])
-                if type(value) in (tuple, list)
-                else tuple(self._number(item) for item in value)
-            )
-        if isinstance(value, torch.SymInt):
-            number = known_number(value.node.expr, self._known)
-            if number is None:
-                raise ValueError(f"the size {value} depends on data")
-            return number
-        if isinstance(value, (torch.SymFloat, torch.SymBool)) and value.node.hint is not None:
-            return value.node.hint
-        return value
+        return self._made.fresh(value, constant_axes(value), node) if isinstance(value, torch.Tensor) else value
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = self._key(node, args, kwargs)
@@ -276,45 +249,36 @@ class _Interpreter:
         except Exception as error:  # noqa: BLE001  (whatever fails on fake tensors must not break a compile)
             log.debug("node %s failed in the token-layout analysis: %s", node.name, error)
             return self._from_metadata(node, f"{node.target} ({type(error).__name__})")
+        if node in self._shards:
+            self._take_shard(args, kwargs, result, self._shards[node])
         if self._mode.data_dependent:
-            return self._with_symbols_of_graph(node, result)
-        if not self._concrete and copy_number(node_value(node), result):
+            known = self._made.with_symbols_of_graph(node, result)
+            return self._from_metadata(node, f"{node.target} (metadata)") if known is None else known
+        if not self._made.concrete and copy_number(node_value(node), result):
             return result
         if key is not None and self._values is not None:
             result = tree_map(self._values.canonical, result)
             self._results[key] = result
         return result
 
+    def _take_shard(self, args: tuple[Any, ...], kwargs: dict[str, Any], parts: Any, ranks: int) -> None:
+        """Parts of a tensor for all ranks: which of them a rank has tells nothing about those of others."""
+        whole = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+        axes, sizes = self._mode.axes_of(whole), sizes_of(whole)
+        for part in parts:
+            pairs = zip(axes, sizes, sizes_of(part), strict=True)
+            own = tuple(axis if size == new else sharded(axis, size, ranks) for axis, size, new in pairs)
+            self._mode.declare(part, tuple(fit(axis, size) for axis, size in zip(own, sizes_of(part), strict=True)))
+
     def _key(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._values is None or node in self._last_write:
             return None
         autocasts = tuple(arguments for _, arguments in self._autocasts)
-        return self._values.key(node.op, node.target, args, kwargs, autocasts)
+        return self._values.key(node.op, node.target, args, kwargs, autocasts, self._shards.get(node))
 
     def _from_metadata(self, node: fx.Node, name: str) -> Any:
         """What the metadata says that the node yields, with unknown axes."""
         value = node_value(node)
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             self._found.unruled_ops[name] += 1
-        return self._as_in_metadata(node, value, lambda tensor: unknown_axes(tensor))
-
-    def _as_in_metadata(self, node: fx.Node, value: Any, axes_of: Callable[[torch.Tensor], Axes]) -> Any:
-        """Fresh tensors in the place of those of the metadata."""
-        return tree_map(
-            lambda v: self._fresh(v, axes_of(v), node) if isinstance(v, torch.Tensor) else self._number(v), value
-        )
-
-    def _with_symbols_of_graph(self, node: fx.Node, result: Any) -> Any:
-        """A result of data-dependent size has new symbols; the nodes after it know those of the graph's metadata."""
-        leaves, spec = tree_flatten(result)
-        known = tree_leaves(node_value(node))
-        if len(known) != len(leaves):
-            return self._from_metadata(node, f"{node.target} (metadata)")
-        for index, (leaf, like) in enumerate(zip(leaves, known, strict=True)):
-            if isinstance(leaf, torch.Tensor) and isinstance(like, torch.Tensor):
-                axes = zip(self._mode.axes_of(leaf), sizes_of(leaf), sizes_of(like), strict=True)
-                new_axes = tuple(a if old == new else fit(a, new) for a, old, new in axes)
-                leaves[index] = self._fresh(like, new_axes, node)
-            else:
-                leaves[index] = like
-        return tree_unflatten(leaves, spec)
+        return self._made.of_metadata(node, unknown_axes)

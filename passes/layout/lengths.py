@@ -22,7 +22,9 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, Pyth
 
 __all__ = [
     "Undecided",
+    "counts_from_end",
     "exact_quotient",
+    "is_not_negative",
     "known_number",
     "longer",
     "same_length",
@@ -88,6 +90,17 @@ def longer(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
 def shorter(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     """The smaller of two lengths. Raises `Undecided` where symbols leave it open."""
     return b if _is_at_least(a, b) else a
+
+
+def is_not_negative(length: sympy.Expr) -> bool:
+    """Whether a length is at least zero, as far as that can be shown."""
+    return bool(_polynomial(length).is_nonnegative)
+
+
+def counts_from_end(place: sympy.Expr) -> bool:
+    """Whether a place in a slice is negative: a number of tokens, with a minus sign."""
+    place = _polynomial(place)
+    return bool(place.is_negative or (place.is_nonpositive and place.free_symbols))
 
 
 def known_number(length: Any, known: Mapping[sympy.Symbol, Any]) -> int | None:

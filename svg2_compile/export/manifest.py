@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,9 @@ from torch.export import ExportedProgram
 
 from svg2_compile.export.errors import ExportError, FileDamaged
 from svg2_compile.export.transformed import TimeSource, TransformedProgram
-from svg2_compile.passes.hoist_centroids import StateSlot, StateSpec
+from svg2_compile.export.worths import describe_worths, read_worths
+from svg2_compile.passes.hoist_centroids import BUDGET, StateSlot, StateSpec
+from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.settings.config import ConfigError, Svg2Config, package_version
 
@@ -23,7 +25,7 @@ FORMAT = "svg2_compile program"
 Record = TypeVar("Record", SiteReport, GraphReport)
 
 # Raised when older readers would misread a file. Files of every older version are read.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Settings of the machine that transforms, which mean nothing where the file is loaded.
 _LOCAL_OPTIONS = {"dump_dir": None}
 
@@ -45,6 +47,7 @@ def describe_program(program: TransformedProgram) -> dict[str, Any]:
         "graph_report": asdict(program.graph_report),
         "time": asdict(program.time),
         "state": None if program.spec is None else _describe_spec(program.spec),
+        "worths": describe_worths(program.worths),
         "conditions": program.signature.conditions,
         "operators": _operators(graphs),
     }
@@ -84,7 +87,18 @@ def read_facts(manifest: Mapping[str, Any], sparse: ExportedProgram | None) -> d
     spec = facts["spec"]
     if (spec is None) != (sparse is None):
         raise FileDamaged("file: it has a state specification without a sparse graph, or the reverse.")
-    return {**facts, "spec": None if sparse is None else _checked_spec(spec, sparse)}
+    if sparse is None:
+        return facts
+    return {**facts, "spec": _checked_spec(spec, sparse), "worths": _read_worths(manifest, facts["config"], sparse)}
+
+
+def _read_worths(manifest: Mapping[str, Any], config: Svg2Config, sparse: ExportedProgram) -> tuple[Worth, ...]:
+    try:
+        device = torch.device(manifest["state"]["device"])
+        # Older files ask nothing: their sizes were judged when they were written.
+        return read_worths(manifest.get("worths", ()), config.min_tokens, device, sparse)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise FileDamaged(f"file: its manifest is incomplete: {type(error).__name__}: {error}") from error
 
 
 def read_facts_of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +133,8 @@ def _describe_spec(spec: StateSpec) -> dict[str, Any]:
             for slot in spec.slots
         ],
         "density_sites": list(spec.density_sites),
+        "has_budget": spec.has_budget,
+        "error_sites": list(spec.error_sites),
         "num_inputs": spec.num_inputs,
         "num_outputs": spec.num_outputs,
         "device": str(spec.device),
@@ -127,12 +143,20 @@ def _describe_spec(spec: StateSpec) -> dict[str, Any]:
 
 def _read_spec(data: Mapping[str, Any]) -> StateSpec:
     return StateSpec(
-        slots=tuple(StateSlot(s["site_index"], s["role"], s["name"], tuple(s["shape"])) for s in data["slots"]),
+        slots=tuple(_read_slot(slot) for slot in data["slots"]),
         density_sites=tuple(data["density_sites"]),
         num_inputs=data["num_inputs"],
         num_outputs=data["num_outputs"],
         device=torch.device(data["device"]),
+        # Unknown to version 1.
+        has_budget=bool(data.get("has_budget", False)),
+        error_sites=tuple(data.get("error_sites", ())),
     )
+
+
+def _read_slot(data: Mapping[str, Any]) -> StateSlot:
+    start = float(data.get("start", 0.0))
+    return StateSlot(data["site_index"], data["role"], data["name"], tuple(data["shape"]), start)
 
 
 def _checked_spec(spec: StateSpec, sparse: ExportedProgram) -> StateSpec:
@@ -148,8 +172,10 @@ def _checked_spec(spec: StateSpec, sparse: ExportedProgram) -> StateSpec:
                 "specification says."
             )
         shape = tuple(extent if isinstance(extent, int) else extent.node.expr for extent in found)
-        slots.append(StateSlot(slot.site_index, slot.role, slot.name, shape))
-    return StateSpec(tuple(slots), spec.density_sites, spec.num_inputs, spec.num_outputs, spec.device)
+        slots.append(replace(slot, shape=shape))
+    if spec.has_budget != (BUDGET in values):
+        raise FileDamaged("file: its specification and its graph differ in whether the density is an input.")
+    return replace(spec, slots=tuple(slots))
 
 
 def _operators(graphs: Iterable[ExportedProgram]) -> dict[str, str]:

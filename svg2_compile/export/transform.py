@@ -80,6 +80,7 @@ def transform(exported_program: ExportedProgram, **options: Any) -> TransformedP
     transformed = TransformedProgram(
         *(c.name, dense, sparse, c.spec, config, sites, TimeSource("none", ())),
         graph_report=c.graph_report(),
+        worths=c.worths,
     )
     names = {leaf.node: leaf.name for leaf in transformed.signature.leaves}
     transformed.time = TimeSource(c.time_kind, tuple(names[found.name] for found in c.time_inputs))
@@ -193,7 +194,7 @@ def _rewritten(dense: ExportedProgram, gm: fx.GraphModule, spec: StateSpec) -> E
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(str(node)), None) for node in outputs[spec.num_outputs :]
     ]
     signature = ExportGraphSignature([*old.input_specs, *new_inputs], [*old.output_specs, *new_outputs])
-    iters = placeholders[-1].meta["val"]
+    (iters,) = (node.meta["val"] for node in placeholders if node.name == "svg2_iters")
     ranges = dict(dense.range_constraints)
     if isinstance(iters, torch.SymInt):
         ranges[iters.node.expr] = ValueRanges(1, int_oo)

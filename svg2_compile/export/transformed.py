@@ -14,6 +14,7 @@ from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.export.graphs import ExportedGraph
 from svg2_compile.export.signature import CallSignature
 from svg2_compile.passes.hoist_centroids import StateSpec
+from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.program import DenoisingProgram
@@ -24,7 +25,7 @@ from svg2_compile.settings.options import canonical_names
 
 __all__ = ["TimeSource", "TransformedProgram"]
 
-# What is decided at run time. Everything else is part of the graphs.
+# What is decided at run time, and the density where it is an input of the graph. Everything else is part of the graphs.
 RUN_TIME_OPTIONS = (
     *("init_iters", "step_iters", "dense_steps", "dense_last_steps", "dense_timesteps"),
     *("inner_backend", "inductor_mode", "strict", "store_limit_mb"),
@@ -50,11 +51,13 @@ class TransformedProgram:
 
     Attributes:
         dense: the exported program as it was given (regions of no_grad or autocast around attention are dissolved).
-        sparse: the rewritten program: flat inputs, then centroids, ``seeded`` and ``iters``; flat outputs, then new
+        sparse: the rewritten program: flat inputs, then centroids, ``seeded``, ``iters`` and, where heads share
+            a budget, the density; flat outputs, then new
             centroids and densities. None if no attention became sparse.
         spec: how ``sparse`` is called, weights not counted; None with ``sparse``.
         config: the settings used.
         sites: every attention with its decision.
+        worths: what is asked about the sizes of every call, where they are dynamic.
         signature: how the program is called.
         make_graph: what turns a program into the graph that is run; set before the first call.
     """
@@ -70,6 +73,7 @@ class TransformedProgram:
         time: TimeSource,
         graph_report: GraphReport,
         conditions: Sequence[str] | None = None,
+        worths: Sequence[Worth] = (),
     ) -> None:
         self.name = name
         self.dense = dense
@@ -78,6 +82,7 @@ class TransformedProgram:
         self.sites = tuple(sites)
         self.time = time
         self.graph_report = graph_report
+        self.worths = tuple(worths)
         self.signature = CallSignature(dense, conditions)
         self.spec = None if spec is None else self._flat_spec(spec)
         self.make_graph: MakeGraph = ExportedGraph.of
@@ -85,6 +90,12 @@ class TransformedProgram:
         # A block exported alone does not know which layer of a model it is.
         self.session = Session(config.replace(dense_layers=0) if graph_report.regional else config)
         self._program: DenoisingProgram | None = None
+
+    @property
+    def run_time_options(self) -> tuple[str, ...]:
+        """The options that :meth:`with_options` may change."""
+        has_budget = self.spec is not None and self.spec.has_budget
+        return (*RUN_TIME_OPTIONS, "density") if has_budget else RUN_TIME_OPTIONS
 
     @property
     def sparse_sites(self) -> list[SiteReport]:
@@ -119,6 +130,7 @@ class TransformedProgram:
             time_reader=TimeReader(self.time.kind, positions),
             sites=self.sites,
             graph_report=self.graph_report,
+            worths=self.worths,
         )
 
     def report(self) -> Report:
@@ -137,15 +149,22 @@ class TransformedProgram:
         Raises:
             ConfigError: an option is unknown, out of range, or part of the graphs.
         """
+        valid = self.run_time_options
         for name, (given, _) in canonical_names(options).items():
-            if name not in RUN_TIME_OPTIONS:
+            if name not in valid:
                 raise ConfigError(
-                    f"{given}: is part of the graphs of a transformed program. Valid here: "
-                    f"{', '.join(RUN_TIME_OPTIONS)}; for others transform again."
+                    f"{given}: is part of the graphs of a transformed program. Valid here: {', '.join(valid)}; for "
+                    "others transform again."
                 )
+        config = self.config.replace(**options)
+        if "density" in options and config.selection()[1] is None:
+            raise ConfigError(
+                f"density={options['density']!r}: a mass would decide, which is part of the graphs of a transformed "
+                "program. Valid here: a fraction in (0, 1], or a schedule."
+            )
         changed = TransformedProgram(
-            *(self.name, self.dense, self.sparse, self.spec, self.config.replace(**options), self.sites, self.time),
-            *(self.graph_report, self.signature.conditions),
+            *(self.name, self.dense, self.sparse, self.spec, config, self.sites, self.time),
+            *(self.graph_report, self.signature.conditions, self.worths),
         )
         if "inner_backend" not in options:
             changed.make_graph = self.make_graph

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from svg2_compile.hosts.dynamo import enabled_dynamo_settings
 from svg2_compile.hosts.host_reads import MOST_NUMBERS_OF_AN_ARGUMENT, Answerer, NumbersWanted, may_ask
+from svg2_compile.hosts.kept_state import kept_state
+from svg2_compile.hosts.visible_attention import attend_alone
 from svg2_compile.logs.logger import Once, get_logger
 
 __all__ = ["CompiledCall", "OwnCode"]
@@ -63,6 +65,15 @@ class OwnCode:
             return module._call_impl(*positional, **{name: _as_tensor(arg) for name, arg in kwargs.items()})
 
         return self._own(call_with_numbers, module)
+
+    def attention_of(self, module: nn.Module) -> Callable[..., Any]:
+        """The attention of ``module``, where Dynamo sees nothing around it."""
+        attend = torch.nn.functional.scaled_dot_product_attention
+
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            return attend(*args, **kwargs)
+
+        return self._own(attention, module)
 
     def _own(self, function: Any, module: nn.Module) -> Callable[..., Any]:
         kind = type(module)
@@ -114,6 +125,7 @@ class CompiledCall:
         plain, with_numbers = code.call_of(module), code.call_with_numbers(module)
         self._compiled = torch.compile(plain, **self._options)
         self._with_numbers = torch.compile(with_numbers, **self._options)
+        self._attention = torch.compile(code.attention_of(module), backend=backend, dynamic=dynamic)
         self._once = once
         self._codes = (plain.__code__, with_numbers.__code__) if read_numbers else ()
         self._positions: dict[int | str, int] = {
@@ -164,6 +176,7 @@ class CompiledCall:
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         while True:
             token = may_ask.set(Answerer(self._codes, self._refused) if self._codes else None)
+            attention = attend_alone.set(self._attention)
             try:
                 if not self._wanted:
                     return self._compiled(*args, **kwargs)
@@ -174,6 +187,7 @@ class CompiledCall:
                     self._refused |= {wanted.place}
                 self._wanted |= {place}
             finally:
+                attend_alone.reset(attention)
                 may_ask.reset(token)
 
     def _converted(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -184,11 +198,14 @@ class CompiledCall:
         """Whether the model traced through its disabled functions, and run dense, gives what it gives as it stands."""
         with torch.random.fork_rng(), torch.no_grad():
             seed = torch.random.get_rng_state()
-            expected = tree_leaves(self._module._call_impl(*args, **kwargs))
+            with kept_state(self._module):
+                own_args, own_kwargs = _own_tensors((args, kwargs))
+                expected = tree_leaves(self._module._call_impl(*own_args, **own_kwargs))
             torch.random.set_rng_state(seed)
-            with enabled_dynamo_settings():
+            with kept_state(self._module), enabled_dynamo_settings():
                 traced = torch.compile(self._module._call_impl, backend="eager")
-                actual = tree_leaves(traced(*args, **kwargs))
+                own_args, own_kwargs = _own_tensors((args, kwargs))
+                actual = tree_leaves(traced(*own_args, **own_kwargs))
         pairs = zip(expected, actual, strict=True)
         return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
@@ -202,6 +219,11 @@ class CompiledCall:
         )
         torch._dynamo.reset()
         self._forget()
+
+
+def _own_tensors(arguments: Any) -> Any:
+    """Arguments that a model may write to."""
+    return tree_map_only(torch.Tensor, torch.clone, arguments)
 
 
 def _as_tensor(argument: Any) -> Any:

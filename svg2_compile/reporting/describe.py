@@ -72,7 +72,7 @@ def _describe(decision: Site | Skip, graph: int) -> SiteReport:
             name=decision.name,
             decision="sparse",
             reason="sparse",
-            detail=_QUANTISED.format(decision.call.form) if getattr(decision.call, "quantised", False) else "",
+            detail=_detail(decision),
             video_tokens=_count(decision.video_tokens),
             context_tokens=_count(decision.num_tokens - decision.video_tokens),
             num_heads=decision.num_heads,
@@ -97,6 +97,15 @@ def _describe(decision: Site | Skip, graph: int) -> SiteReport:
         expected_density=decision.expected_density,
         graph=graph,
     )
+
+
+def _detail(site: Site) -> str:
+    if getattr(site.call, "quantised", False):
+        return _QUANTISED.format(site.call.form)
+    if site.worth is None:
+        return ""
+    short = "" if site.too_short is None else f"; dense at those of the first call: {site.too_short.detail}"
+    return f"where the sizes of a call are worth it{short}"
 
 
 def _count(value: Any) -> int | str | None:

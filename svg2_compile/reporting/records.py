@@ -52,7 +52,9 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """One attention in one call: density is selected (query, key) pairs / all pairs, per head; 1.0 where dense."""
+    """One attention in one call: density is selected (query, key) pairs / all pairs, per head; 1.0 where dense.
+    density_asked: what selection was to meet, among the video's tokens; None where a mass decides, and where dense.
+    error: ||out - dense|| / ||dense|| of a few rows of every head; None where it was not measured."""
 
     site: str
     video: int
@@ -67,6 +69,9 @@ class SiteRecord:
     density_per_head: tuple[tuple[float, ...], ...] | None = None
     request: str = ""  # whose denoising loop
     branch: str = ""  # the model call in the step: a number, or the name that it goes by
+    density_asked: float | None = None
+    error: float | None = None
+    error_per_head: tuple[tuple[float, ...], ...] | None = None
     source: str = ""  # who told the step: "context", "scheduler", "timestep" or "modulation"
 
     def to_json(self) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svg2_compile.reporting.groups import grouped_sites
+from svg2_compile.reporting.measured import Summary, by_layer, by_step, layers_table, steps_table
 from svg2_compile.reporting.records import GraphReport, SiteRecord, SiteReport
 
 if TYPE_CHECKING:
@@ -56,13 +57,24 @@ class Report:
 
     def density_per_step(self, video: int | None = None) -> dict[int, float]:
         """Mean density over attentions and guidance branches, by step; dense calls count as 1. Default: last video."""
+        steps: dict[int, list[float]] = {}
+        for run in self._of_video(video):
+            if run.density is not None:
+                steps.setdefault(run.step, []).append(run.density)
+        return {step: sum(values) / len(values) for step, values in sorted(steps.items())}
+
+    def by_step(self, video: int | None = None) -> list[Summary]:
+        """Density asked and got, and the measured error, of every step with sparse calls. Default: last video."""
+        return by_step(self._of_video(video))
+
+    def by_layer(self, video: int | None = None) -> list[Summary]:
+        """The same of every attention with sparse calls."""
+        return by_layer(self._of_video(video))
+
+    def _of_video(self, video: int | None) -> list[SiteRecord]:
         if video is None:
             video = max((run.video for run in self.runs), default=0)
-        by_step: dict[int, list[float]] = {}
-        for run in self.runs:
-            if run.video == video and run.density is not None:
-                by_step.setdefault(run.step, []).append(run.density)
-        return {step: sum(values) / len(values) for step, values in sorted(by_step.items())}
+        return [run for run in self.runs if run.video == video]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,6 +95,9 @@ class Report:
         console.print(self.table())
         for line in self.footer():
             console.print(line, soft_wrap=False, highlight=False)
+        for table in (steps_table(self._of_video(None)), layers_table(self._of_video(None))):
+            if table is not None:
+                console.print(table)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()
 

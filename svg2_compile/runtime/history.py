@@ -6,18 +6,50 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from svg2_compile.passes.error_guard import density_of_budget
 from svg2_compile.reporting.records import SiteRecord
 from svg2_compile.runtime.standing import Standing
 
-__all__ = ["CallRecord", "RunHistory", "qualified"]
+__all__ = ["CallRecord", "Measured", "RunHistory", "qualified"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a sparse call tells of one attention. Tensors stay on their device until somebody reads them.
+
+    densities: selected pairs [B, H]. asked: the density that was to be met, None where a mass decides; budget []: what
+    it followed from instead, where there is a target. errors [B, H] and error []: of a few rows.
+    """
+
+    densities: torch.Tensor | None = None
+    asked: float | None = None
+    budget: torch.Tensor | None = None
+    errors: torch.Tensor | None = None
+    error: torch.Tensor | None = None
+
+    def as_fields(self) -> dict[str, Any]:
+        """The fields of a SiteRecord; reads from the device."""
+        mean = None if self.densities is None or not self.densities.numel() else float(self.densities.mean())
+        return {
+            "density": mean,
+            "density_per_head": _rows(self.densities),
+            "density_asked": self.asked if self.budget is None else density_of_budget(float(self.budget)),
+            "error": None if self.error is None else float(self.error),
+            "error_per_head": _rows(self.errors),
+        }
+
+
+def _rows(tensor: torch.Tensor | None) -> tuple[tuple[float, ...], ...] | None:
+    return None if tensor is None else tuple(tuple(row) for row in tensor.tolist())
 
 
 @dataclass
 class CallRecord:
-    """One call of a graph. Densities stay on their device until somebody reads them."""
+    """One call of a graph. measured: by attention; empty where dense."""
 
     sites: tuple[str, ...]
     standing: Standing | None
@@ -26,16 +58,15 @@ class CallRecord:
     reason: str
     iters: int
     seeded: bool
-    densities: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    measured: Mapping[str, Measured] = field(default_factory=dict)
     label: str = ""
 
     def site_records(self) -> Iterator[SiteRecord]:
         for site in self.sites:
-            tensor = self.densities.get(site)
-            per_head = None if tensor is None else tuple(tuple(row) for row in tensor.tolist())
-            density: float | None = 1.0 if self.graph == "dense" else None
-            if tensor is not None and tensor.numel():
-                density = float(tensor.mean())
+            measured = self.measured.get(site)
+            found: dict[str, Any] = measured.as_fields() if measured is not None else {"density": None}
+            if self.graph == "dense":
+                found["density"] = 1.0
             standing = self.standing
             yield SiteRecord(
                 site=qualified(self.label, site),
@@ -47,11 +78,10 @@ class CallRecord:
                 reason=self.reason,
                 iters=self.iters,
                 seeded=self.seeded,
-                density=density,
-                density_per_head=per_head,
                 request=standing.request if standing else "",
                 branch=str(standing.branch) if standing else "",
                 source=standing.source if standing else "",
+                **found,
             )
 
 
@@ -64,7 +94,7 @@ class RunHistory:
     """The latest calls, oldest first.
 
     Args:
-        limit: most attentions remembered. Each keeps a tensor of some hundred bytes on the device.
+        limit: most attentions remembered. Each keeps tensors of some hundred bytes on the device.
     """
 
     def __init__(self, limit: int = 50_000) -> None:
@@ -88,5 +118,5 @@ class RunHistory:
         return list(self._calls)
 
     def site_records(self) -> list[SiteRecord]:
-        """One record per attention and call. Reads densities from the device."""
+        """One record per attention and call. Reads what was measured from the device."""
         return [record for call in self._calls for record in call.site_records()]

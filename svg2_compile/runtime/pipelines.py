@@ -61,6 +61,11 @@ class Same:
     def __call__(self, other: Any) -> bool:
         return other is not None and self._reference() is other
 
+    @property
+    def alive(self) -> bool:
+        """Whether the object is still there."""
+        return self._reference() is not None
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerView:

@@ -23,9 +23,10 @@ class Request:
     Attributes:
         key: what the request goes by. label: the same for reports. video: number of the video in the session.
         step: that runs now. num_steps: how many will run, None if unknown.
-        sparse_calls, dense_reasons: what ran, to say so where nothing was sparse.
+        sparse_calls, dense_reasons: what ran, to say so where nothing was sparse. first_sparse_step: None before it.
         used: the count of all calls of the session when this was last called. step_marks: the same at its last steps.
         owner: a weak reference to what the request lives as long as, or None.
+        terms: what the ranks agreed on, by number of the program.
     """
 
     def __init__(self, key: Hashable, label: str, video: int) -> None:
@@ -36,9 +37,11 @@ class Request:
         self.num_steps: int | None = None
         self.sparse_calls = 0
         self.dense_reasons: Counter[str] = Counter()
+        self.first_sparse_step: int | None = None
         self.used = 0
         self.step_marks: deque[int] = deque(maxlen=2)
         self.owner: Any = None
+        self.terms: dict[int, Any] = {}
         self._timesteps: Same | None = None
         self._current: Same | None = None
         self._begin: int | None = None
@@ -130,6 +133,8 @@ class Request:
     def note(self, sparse: bool, reason: str) -> None:
         """A call ran, sparse or dense for a reason."""
         self.sparse_calls += sparse
+        if sparse and self.first_sparse_step is None:
+            self.first_sparse_step = self.step
         if not sparse:
             self.dense_reasons[reason] += 1
 

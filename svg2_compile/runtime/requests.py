@@ -15,9 +15,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from torch.utils.weak import WeakIdKeyDictionary
-
-from svg2_compile.runtime.pipelines import SchedulerView
+from svg2_compile.runtime.pipelines import Same, SchedulerView
 from svg2_compile.runtime.request import Request
 from svg2_compile.runtime.standing import Said
 from svg2_compile.runtime.time_reader import TimeReading
@@ -41,7 +39,8 @@ class Requests:
         self._open: dict[Hashable, Request] = {}
         self._videos = itertools.count()
         self._sequences = itertools.count()
-        self._scheduler_numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # By identity. An id is given anew when its object is gone, so that the object is remembered beside it.
+        self._scheduler_numbers: dict[int, tuple[Same, int]] = {}
         self._next_scheduler = itertools.count()
         self._calls = 0
 
@@ -102,9 +101,11 @@ class Requests:
             return "said", said.request
         if view is None:
             return None
-        number = self._scheduler_numbers.get(view.scheduler)
-        if number is None:
-            number = self._scheduler_numbers[view.scheduler] = next(self._next_scheduler)
+        same, number = self._scheduler_numbers.get(id(view.scheduler), (None, 0))
+        if same is None or not same(view.scheduler):
+            self._scheduler_numbers = {key: known for key, known in self._scheduler_numbers.items() if known[0].alive}
+            number = next(self._next_scheduler)
+            self._scheduler_numbers[id(view.scheduler)] = Same(view.scheduler), number
         return "scheduler", number
 
     def _begin(self, key: Hashable, owner: Any = None) -> Request:

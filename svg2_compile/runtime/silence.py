@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from svg2_compile.logs.logger import Once
+from svg2_compile.passes.error_guard import HIGHEST
 from svg2_compile.runtime.model_call import ModelCall
 from svg2_compile.runtime.request import Request
 
@@ -20,6 +21,8 @@ _WAYS_OUT = {
     "dense_layers": "fewer dense_layers leave layers to be sparse",
     "dense_layer": "fewer dense_layers leave layers to be sparse",
     "no_timestep": "svg2_compile.denoising(step=...) says the step",
+    "target_error": "a larger target_error leaves layers to be sparse",
+    "ranks_differ": "every rank needs the same options",
     "cost": "min_tokens=<int> overrides the cost model",
     "short_sequence": "a smaller min_tokens includes it",
 }
@@ -35,9 +38,16 @@ class SilenceWatch:
     def __init__(self, once: Once) -> None:
         self._once = once
         self._quiet = 0
-        self.notes: list[str] = []
+        self._notes: list[str] = []
+        self._missed: list[str] = []
         # Since the last schedule was over: calls of the whole model, and compiled graphs that have attentions.
         self._calls = self._with_attention = 0
+        self._left: set[int] = set()
+
+    def leave(self, module: Any, why: str) -> None:
+        """``module`` is not compiled, and that is said here."""
+        self._left.add(id(module))
+        self._say(("left", id(module)), why)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -69,13 +79,15 @@ class SilenceWatch:
                 "blocks of its model itself needs enable(pipe, regional=True); one that was given another model needs "
                 "to be enabled anew.",
             )
-        elif not self._with_attention:
+        elif not self._with_attention and not self._left:
             self._say_no_attention_ran("the model")
         self._calls = self._with_attention = 0
 
     def after_call(self, call: ModelCall, programs: Iterable[Any]) -> None:
         """A call of the whole model has returned."""
         self._calls += 1
+        if id(call.module) in self._left:
+            return
         # A cache may answer a call in the stead of the model.
         if not call.graphs_with_attention and not getattr(call.module, "is_cache_enabled", False):
             if not call.graphs:
@@ -94,6 +106,25 @@ class SilenceWatch:
             "strict=True raises it.",
         )
 
+    def target_missed(self, name: str, target: float | None) -> None:
+        """An attention has missed its target for several steps with all the density that it may have."""
+        if name in self._missed:
+            return
+        self._missed.append(name)
+        self._once.warning(
+            "target missed",
+            "%s cannot meet target_error=%s: at a density of %g its error was above it for several steps. It stays "
+            "dense for the rest of the video. A larger target_error leaves it sparse; svg2_compile.report() lists all "
+            "such layers.",
+            *(name, target, HIGHEST),
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What was said, for the report."""
+        missed = [f"stay dense because they missed target_error in some video: {', '.join(self._missed)}"]
+        return self._notes + (missed if self._missed else [])
+
     def _say_no_graph_ran(self, call: ModelCall) -> None:
         self._say(
             ("no graph", id(call.module)),
@@ -105,9 +136,9 @@ class SilenceWatch:
     def _say_no_attention_ran(self, model: str) -> None:
         self._say(
             "no attention",
-            f"no attention of {model} ran in a compiled graph: all stay dense. A hook that Dynamo may not look into "
-            "(MagCache, group offloading by leaves, sequential offloading) keeps them from the compiler; "
-            "svg2_compile.explain(...) shows the graph breaks.",
+            f"no attention of {model} ran in a compiled graph: all stay dense. In code that Dynamo gave up on, or may "
+            "not look into, only scaled_dot_product_attention is found; svg2_compile.explain(...) shows the graph "
+            "breaks.",
         )
 
     def _say_dense_video(self, reasons: Counter[str], programs: Iterable[Any]) -> None:
@@ -125,4 +156,4 @@ class SilenceWatch:
 
     def _say(self, key: Any, text: str) -> None:
         if not self._quiet and self._once.warning(key, "%s", text):
-            self.notes.append(text)
+            self._notes.append(text)

@@ -51,10 +51,10 @@ def timestep_reading(inputs: Sequence[Any]) -> TimeReading:
     tensors = [value for value in inputs if isinstance(value, torch.Tensor) and value.numel()]
     if not tensors:
         return TimeReading("timestep", tuple(numbers))
+    if len(tensors) == 1 and tensors[0].numel() == 1:
+        return TimeReading("timestep", (*numbers, float(tensors[0].item())))
     with torch.no_grad():
         flat = [tensor.detach().to(torch.float64).reshape(-1) for tensor in tensors]
-        if len(flat) == 1 and flat[0].numel() == 1:
-            return TimeReading("timestep", (*numbers, flat[0].item()))
         pairs = [torch.stack((values.amax(), values.mean())) for values in flat]
         return TimeReading("timestep", (*numbers, *torch.cat(pairs).tolist()))
 

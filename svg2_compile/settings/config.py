@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from svg2_compile.settings.options import ConfigError, canonical_names, parse_value
 from svg2_compile.settings.presets import load_preset
+from svg2_compile.settings.schedule import DensitySchedule
 
 if TYPE_CHECKING:
     from svg2_compile.passes.sites import SitePolicy
@@ -41,6 +42,14 @@ class Svg2Config:
         density: fixed budget instead of top_p: the fraction of (query, key) pairs that is computed exactly, of every
             query cluster or of all heads together (see budget). (0, 1], or None for top_p. "auto" is 0.10 with
             compensation="first_order" and 0.25 with "centroid", unless top_p is given, and None without compensation.
+            With budget="layer" also a schedule over the sparse steps: "0.3..0.05" from the first to the last with even
+            differences, or a list, "0.4, 0.2, 0.1", step by step, of which the last stays.
+        target_error: relative output error of an attention, ||out - dense|| / ||dense||, that its density follows. It
+            is measured on a few exact rows of every head, and the density of the layer's next step is higher or lower
+            for it, between 0.02 and 0.5, without a host read. The density that is given (0.10 by default) is that of
+            the first sparse step. Where 0.5 is too little for several steps, the layer is computed exactly, which is
+            said. Needs budget="layer". (0, 1), or None.
+        measure_error: measure that error without following it; the report shows it by layer and step.
         min_k_ratio: fraction of the key clusters that is selected at the least. [0, 1].
         num_q_clusters, num_k_clusters: clusters per head; None derives them from the number of video tokens.
         init_iters: k-means iterations where an attention has no centroids yet (once per video, guidance branch and
@@ -62,6 +71,8 @@ class Svg2Config:
         budget: who has the density: "row", every query cluster of every head alike; or "layer", all heads of an
             attention together, which spends it where compensation would err most and needs routing="error". "auto" is
             "layer" with compensation="first_order" and a density, "row" otherwise.
+        balance_heads: spread heads over the ranks of Ulysses by what they cost, measured in the first sparse step of
+            a video (docs/distributed.md); it needs collect_stats. Without ranks it does nothing.
         inner_backend: the torch.compile backend that compiles the graphs. "inductor" is replaced, with a warning,
             on machines where it cannot work.
         inductor_mode: mode for Inductor ("max-autotune" ...), None for its default.
@@ -76,6 +87,8 @@ class Svg2Config:
     preset: str | None = None
     top_p: float | None = None
     density: float | str | None = "auto"
+    target_error: float | None = None
+    measure_error: bool = False
     min_k_ratio: float = 0.1
     num_q_clusters: int | None = None
     num_k_clusters: int | None = None
@@ -89,6 +102,7 @@ class Svg2Config:
     compensation: str = "first_order"
     routing: str = "auto"
     budget: str = "auto"
+    balance_heads: bool = False
     inner_backend: str = "inductor"
     inductor_mode: str | None = None
     strict: bool = False
@@ -117,6 +131,23 @@ class Svg2Config:
             object.__setattr__(self, "budget", "layer" if pooled else "row")
         if self.budget == "layer":
             self._check_layer_budget()
+        elif self.density_schedule() is not None:
+            raise ConfigError(
+                f"density={self.density!r} changes from step to step, but budget='row' has one density for all steps. "
+                "Valid: budget='layer' with it (the default of compensation='first_order'), or one number."
+            )
+        if self.target_error is not None:
+            self._check_target()
+        if self.balance_heads and not self.collect_stats:
+            raise ConfigError(
+                "balance_heads=True spreads heads by their densities, but collect_stats=False. "
+                "Valid: collect_stats=True with it."
+            )
+        if self.balance_heads and self.target_error is not None:
+            raise ConfigError(
+                "balance_heads=True spreads heads by densities that stay, but target_error moves them on every rank. "
+                "Valid: one of the two."
+            )
         if self.inner_backend == "svg2":
             raise ConfigError("inner_backend='svg2' is not valid: it names this compiler itself. Valid: 'inductor' ...")
         if self.inductor_mode is not None:
@@ -132,6 +163,18 @@ class Svg2Config:
             raise ConfigError(
                 "budget='layer' divides a density among the heads of a layer, but top_p decides how much is selected. "
                 "Valid: a density with it, or budget='row'."
+            )
+
+    def _check_target(self) -> None:
+        if self.budget != "layer":
+            raise ConfigError(
+                f"target_error={self.target_error} moves the density that the heads of a layer share, but "
+                "budget='row'. Valid: budget='layer' with it, the default of compensation='first_order' without top_p."
+            )
+        if self.density_schedule() is not None:
+            raise ConfigError(
+                f"target_error={self.target_error} and density={self.density!r}: each says what the density of a step "
+                "is. Valid: one of them; a single number is the density that the first sparse step begins with."
             )
 
     def _check_inductor_mode(self, mode: str) -> None:
@@ -196,11 +239,18 @@ class Svg2Config:
         return SparsityPolicy(**self._only(SparsityPolicy))
 
     def selection(self) -> tuple[float, float | None]:
-        """top_p and density as they take effect; a density of None leaves the decision to top_p."""
-        density = self.density
-        if isinstance(density, str):  # "auto"
+        """top_p and density as they take effect, a schedule by its mean; a density of None leaves the decision to
+        top_p."""
+        density, schedule = self.density, self.density_schedule()
+        if schedule is not None:
+            density = schedule.mean
+        elif isinstance(density, str):  # "auto"
             density = DEFAULT_DENSITY.get(self.compensation) if self.top_p is None else None
         return DEFAULT_TOP_P if self.top_p is None else self.top_p, density
+
+    def density_schedule(self) -> DensitySchedule | None:
+        """The densities of the sparse steps; None where they all have one, or a mass decides."""
+        return DensitySchedule.read(self.density)
 
     def _only(self, policy: type) -> dict[str, Any]:
         """The settings that a policy, a dataclass of the passes, has fields for."""

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from svg2_compile.settings.schedule import EXAMPLES, DensitySchedule
+
 __all__ = ["ALIASES", "SPECS", "ConfigError", "canonical_names", "parse_value"]
 
 # The spellings of the SVG2 scripts.
@@ -39,7 +41,7 @@ class ConfigError(ValueError):
 class Spec:
     """What one option accepts.
 
-    kinds: any of "bool", "int", "float", "str"; tried in this order.
+    kinds: any of "bool", "int", "float", "str", "schedule"; tried in this order.
     int_min: the lowest integer.
     float_range: lowest and highest number; ``excluded`` takes ends out of it.
     choices: the words accepted, for options that accept words.
@@ -70,6 +72,8 @@ class Spec:
         parts.extend(repr(choice) for choice in self.choices)
         if "str" in self.kinds and not self.choices:
             parts.append("a name")
+        if "schedule" in self.kinds:
+            parts.append(f"a schedule of such fractions, {EXAMPLES}")
         if self.optional:
             parts.append("None")
         return " or ".join(parts)
@@ -80,7 +84,9 @@ _COUNT_OR_FRACTION = Spec(("int", "float"), excluded=(1.0,))
 SPECS: Mapping[str, Spec] = {
     "preset": Spec(("str",), optional=True),
     "top_p": Spec(("float",), optional=True),
-    "density": Spec(("float", "str"), excluded=(0.0,), choices=("auto",), optional=True),
+    "density": Spec(("float", "str", "schedule"), excluded=(0.0,), choices=("auto",), optional=True),
+    "target_error": Spec(("float",), excluded=(0.0, 1.0), optional=True),
+    "measure_error": Spec(("bool",)),
     "min_k_ratio": Spec(("float",)),
     "num_q_clusters": Spec(("int",), int_min=1, optional=True),
     "num_k_clusters": Spec(("int",), int_min=1, optional=True),
@@ -94,6 +100,7 @@ SPECS: Mapping[str, Spec] = {
     "compensation": Spec(("str",), choices=("none", "centroid", "first_order")),
     "routing": Spec(("str",), choices=("auto", "score", "error")),
     "budget": Spec(("str",), choices=("auto", "row", "layer")),
+    "balance_heads": Spec(("bool",)),
     "inner_backend": Spec(("str",)),
     "inductor_mode": Spec(("str",), optional=True),
     "strict": Spec(("bool",)),
@@ -200,4 +207,15 @@ def _parse_str(value: Any, spec: Spec) -> str | None:
     return word.lower() if word.lower() in spec.choices else None
 
 
-_PARSERS = {"bool": _parse_bool, "int": _parse_int, "float": _parse_float, "str": _parse_str}
+def _parse_schedule(value: Any, spec: Spec) -> str | None:
+    schedule = DensitySchedule.read(value)
+    return None if schedule is None else str(schedule)
+
+
+_PARSERS = {
+    "bool": _parse_bool,
+    "int": _parse_int,
+    "float": _parse_float,
+    "str": _parse_str,
+    "schedule": _parse_schedule,
+}

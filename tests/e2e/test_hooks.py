@@ -74,15 +74,19 @@ HIDDEN: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 @pytest.mark.parametrize("name", HIDDEN)
-def test_hooks_that_hide_the_attentions_are_told_of(name, regional):
-    """What Dynamo may not look into stays dense, equal to before, and is never silent."""
+def test_hooks_that_hide_the_attentions(name, regional, caplog):
+    """Of what Dynamo may not look into the attention alone is compiled, and layers are told apart by their order."""
     small = build("wan")
     HIDDEN[name](small.pipe)
     expected = small.run()
     with svg2_compile.enable(small.pipe, regional=regional, **{**EXACT, "strict": False}) as enabled:
         assert_close(small.run(), expected, slack=50)
         report = enabled.report()
-    assert any(run.graph == "sparse" for run in report.runs) or len(report.notes) == 1
+    sparse = [run for run in report.runs if run.graph == "sparse"]
+    assert len(sparse) == BRANCHES * (STEPS - 1) * (LAYERS - 1) and not report.notes
+    cold = collections.Counter((run.site, run.layer, run.branch) for run in sparse if not run.seeded)
+    assert len(cold) == BRANCHES * (LAYERS - 1) and set(cold.values()) == {1}
+    assert not [record for record in caplog.records if "without one sparse" in record.getMessage()]
 
 
 OFFLOADING: dict[str, Callable[[Any], Any]] = {
@@ -140,17 +144,22 @@ def test_ten_layers_in_block_graphs_are_ten_layers():
     assert [run.step for run in runs if not run.seeded] == [0] * 20
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before enable", "after enable"])
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
-def test_cache_dit(regional):
+def test_cache_dit(regional, first):
     """It calls the blocks itself, in place of the model."""
     cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not installed")
-    small = build("wan")
     config = cache_dit.DBCacheConfig(
         Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=1e-9, max_warmup_steps=1
     )
-    cache_dit.enable_cache(small.pipe, cache_config=config)
-    expected = small.run()
+    small, alone = build("wan"), build("wan")
+    cache_dit.enable_cache(alone.pipe, cache_config=config)
+    expected = alone.run()
+    if first:
+        cache_dit.enable_cache(small.pipe, cache_config=config)
     with svg2_compile.enable(small.pipe, regional=regional, **{**EXACT, "strict": False}) as enabled:
+        if not first:
+            cache_dit.enable_cache(small.pipe, cache_config=config)
         assert_close(small.run(), expected, slack=50)
         runs = enabled.report().runs
     assert collections.Counter(run.reason for run in runs) == {

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from svg2_compile.export.archive import MANIFEST
 from tests.zoo.models import build
 
 TOKENS, CHANNELS = 96, 32
@@ -73,3 +78,16 @@ def first(output: Any) -> Tensor:
 def runs_of(report: Any, every: int = 1) -> list[tuple[Any, ...]]:
     """(graph, video, step, context, seeded) of every call, for the first of ``every`` sites."""
     return [(run.graph, run.video, run.step, run.context, run.seeded) for run in report.runs[::every]]
+
+
+def changed_manifest(path: Path, target: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a file with its manifest changed."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as copy:
+        for name in source.namelist():
+            data = source.read(name)
+            if name == MANIFEST:
+                manifest = json.loads(data)
+                change(manifest)
+                data = json.dumps(manifest).encode()
+            copy.writestr(name, data)
+    return target

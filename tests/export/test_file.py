@@ -17,7 +17,7 @@ from svg2_compile import ExportError, FileDamaged
 from svg2_compile.export import archive
 from svg2_compile.export.archive import MANIFEST
 from svg2_compile.settings.config import ConfigError
-from tests.export.programs import block, block_inputs, exported, exported_block, runs_of
+from tests.export.programs import block, block_inputs, changed_manifest, exported, exported_block, runs_of
 from tests.support import SELECTION, at_timestep, first_output
 from tests.zoo.models import build
 
@@ -123,7 +123,7 @@ def test_the_file_tells_what_it_is(saved):
     with zipfile.ZipFile(saved) as file:
         manifest = json.loads(file.read(MANIFEST))
         names = file.namelist()
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["config"]["top_p"] == SELECTION["top_p"] and manifest["config"]["dump_dir"] is None
     assert [site["decision"] for site in manifest["sites"]] == ["sparse"]
@@ -168,23 +168,10 @@ def test_run_time_options(saved):
         svg2_compile.load(saved, dense_step=1)
 
 
-def _changed(path: Path, target: Path, change) -> Path:
-    """A copy of a file with its manifest changed."""
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as copy:
-        for name in source.namelist():
-            data = source.read(name)
-            if name == MANIFEST:
-                manifest = json.loads(data)
-                change(manifest)
-                data = json.dumps(manifest).encode()
-            copy.writestr(name, data)
-    return target
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m: m.update(format_version=2), ExportError, r"format version 2, written by .* Valid: up to 1"),
+        (lambda m: m.update(format_version=3), ExportError, r"format version 3, written by .* Valid: up to 2"),
         (lambda m: m["versions"].update(torch="99.1.0"), ExportError, "saved with PyTorch 99.1.0"),
         (lambda m: m["operators"].update({"svg2.gone.default": "x"}), ExportError, "svg2.gone.default is not in"),
         (lambda m: m["operators"].update({"lib.op.default": "x"}), ExportError, "the library that registers lib"),
@@ -205,7 +192,7 @@ def _changed(path: Path, target: Path, change) -> Path:
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused(saved, tmp_path, change, error, message):
-    changed = _changed(saved, tmp_path / "changed.pt2", change)
+    changed = changed_manifest(saved, tmp_path / "changed.pt2", change)
     with pytest.raises(error, match=message):
         svg2_compile.load(changed)
 

@@ -194,6 +194,7 @@ def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
             first_order.attention_args,
             (*first_order.attention_args, order, order[:, :2], 64),
         ],
+        "sampled_error": [(x, *tokens[:2], x * 0.9, order, offsets, problem.k_offsets, 0.25, 8)],
         "block_density": [(problem.q_offsets, problem.k_offsets, problem.block_map)],
     }
 

@@ -43,6 +43,8 @@ SCHEMAS = {
     " Tensor block_map, float scale, Tensor q_centroids, Tensor k_centroids, Tensor v_centroids, Tensor log_mass,"
     " Tensor residual, Tensor slope, Tensor? q_order=None, Tensor? k_order=None, SymInt workspace_mb=256)"
     " -> (Tensor, Tensor)",
+    "sampled_error": "(Tensor query, Tensor key, Tensor value, Tensor out, Tensor q_order, Tensor q_offsets,"
+    " Tensor k_offsets, float scale, SymInt rows) -> (Tensor, Tensor)",
     "block_density": "(Tensor q_offsets, Tensor k_offsets, Tensor block_map) -> Tensor",
 }
 ARGUMENTS = sample_arguments()

@@ -53,6 +53,16 @@ def test_keeping_all_clusters_equals_eager(name):
     ]
 
 
+def test_text_that_masks_pick_is_cut_off_again_in_every_layer():
+    module, inputs = build("hunyuan_video15")
+    with torch.no_grad():
+        expected = first_output(module, inputs)
+        with svg2_compile.enable(module, regional=False, **IDENTITY) as enabled:
+            assert_close(first_output(module, inputs), expected)
+            paths = [site.name for site in enabled.report().sites if site.decision == "sparse"]
+    assert paths == ["transformer_blocks.0.attn", "transformer_blocks.1.attn"]
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_regional_equals_eager(name):
     module, inputs = build(name)

@@ -14,4 +14,5 @@ from svg2_compile.kernels.cpu.native.tokens import (
     permute_tokens,
     unpermute_tokens,
 )
+from svg2_compile.kernels.cpu.sampled_error import sampled_error
 from svg2_compile.kernels.cpu.select import select_blocks, select_blocks_by_error

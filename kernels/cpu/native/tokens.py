@@ -58,7 +58,7 @@ def cluster_order(
     given = {"order": order, "offsets": offsets, "labels": labels, "valid": valid}
     sizes = {"clusters": num_clusters, "start": start, "video_tokens": video_tokens}
     sizes |= {"valid_heads": 1 if valid is None else valid.shape[1]}
-    _call("order", given, batch=batch, heads=heads, num_tokens=num_tokens, **sizes)
+    _call("order", given, {"batch": batch, "heads": heads, "num_tokens": num_tokens, **sizes})
     return order, offsets
 
 
@@ -89,7 +89,7 @@ def _permuted(x: Tensor, order: Tensor, out: Tensor, inverse: bool) -> Tensor:
     x, order = unit_stride(x), order.contiguous()
     batch, heads, num_tokens, dim = x.shape
     sizes = {"batch": batch, "heads": heads, "num_tokens": num_tokens, "dim": dim, "inverse": int(inverse)}
-    _call("permute", {"order": order}, tokens(x), tokens(out), **sizes)
+    _call("permute", {"order": order}, sizes, tokens(x), tokens(out))
     return out
 
 
@@ -100,16 +100,16 @@ def _means(x: Tensor, offsets: Tensor, given: dict[str, Tensor]) -> Tensor:
     num_clusters = offsets.shape[2] - 3
     means = x.new_empty(batch, heads, num_clusters, dim, dtype=torch.float32)
     sizes = {"batch": batch, "heads": heads, "num_tokens": num_tokens, "dim": dim, "clusters": num_clusters}
-    _call("means", {**given, "offsets": offsets, "means": means}, tokens(x), **sizes)
+    _call("means", {**given, "offsets": offsets, "means": means}, sizes, tokens(x))
     return means
 
 
 def _call(
     name: str,
     given: dict[str, Tensor] | dict[str, Tensor | None],
+    sizes: dict[str, int],
     x: Tokens | None = None,
     out: Tokens | None = None,
-    **sizes: int,
 ) -> None:
     pointers = {argument: pointer(tensor) for argument, tensor in given.items()}
     operations = sizes["batch"] * sizes["heads"] * sizes["num_tokens"] * max(8, sizes.get("dim", 0) // 4)

@@ -18,16 +18,18 @@ from svg2_compile.passes.layout.axes import (
     resample,
     single,
 )
-from svg2_compile.passes.layout.lengths import size_expr
+from svg2_compile.passes.layout.lengths import counts_from_end, size_expr
 from svg2_compile.passes.layout.op_call import OpCall, RuleTable, fit, is_constant, sizes_of, table
 from svg2_compile.passes.layout.union import union, union_all
 
 
 def start_of(call: OpCall, size: sympy.Expr) -> sympy.Expr:
     """The first position of a slice call, counted from the front and clamped to `size`."""
-    start = size_expr(call.args.get("start") or 0)
-    if start.is_negative:
+    given = call.args.get("start")
+    start = size_expr(0 if given is None else given)
+    if counts_from_end(start):
         start = start + size
+    start = sympy.expand(start)
     if start.is_Integer and size.is_Integer:
         start = max(sympy.Integer(0), min(start, size))
     return start

@@ -82,6 +82,9 @@ def first_order_launches(dtype: torch.dtype, head_dim: int, target: str, op: str
         clustered = (queries, keys, keys)
         if op == "block_estimates":
             implementation.block_estimates(tokens, tokens, offsets, *clustered, 0.1)
+        elif op == "sampled_error":
+            order = empty(1000, dtype=torch.int32)
+            implementation.sampled_error(tokens, tokens, tokens, tokens, order, q_offsets, offsets, 0.1, 32)
         elif op == "first_order_terms":
             implementation.first_order_terms(tokens, tokens, offsets, *clustered, log_mass, block_map, 0.1)
         else:
@@ -94,11 +97,15 @@ def first_order_launches(dtype: torch.dtype, head_dim: int, target: str, op: str
 @pytest.mark.parametrize("target", CAPABILITIES)
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("op", ["block_estimates", "first_order_terms"])
+@pytest.mark.parametrize("op", ["block_estimates", "first_order_terms", "sampled_error"])
 def test_estimates_and_terms_stay_in_registers_and_fit_small_gpus(
     op: str, dtype: torch.dtype, head_dim: int, target: str
 ) -> None:
-    kernels = {"block_estimates": ["_log_errors"], "first_order_terms": ["_residuals", "_slopes"]}[op]
+    kernels = {
+        "block_estimates": ["_log_errors"],
+        "first_order_terms": ["_residuals", "_slopes"],
+        "sampled_error": ["_exact_rows"],
+    }[op]
     launches = first_order_launches(dtype, head_dim, target, op)
     for kernel in kernels:
         resources = compile_launch(launches[kernel], TARGETS[target])

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from svg2_compile.passes.attention.find import find_attention
 from svg2_compile.passes.sites import Site
 from tests.passes.attention import stand_ins
-from tests.passes.attention_graphs import assert_unchanged, decide, dynamo_graph, model_of, reasons, rewritten, video
+from tests.passes.attention_graphs import (
+    KEEP_ALL,
+    assert_unchanged,
+    decide,
+    dynamo_graph,
+    model_of,
+    reasons,
+    rewritten,
+    video,
+)
 
 ops = torch.ops
 SCALE = 0.3
@@ -142,23 +152,85 @@ def test_one_sequence_that_ends_somewhere(end: int) -> None:
     torch.testing.assert_close(actual[:, :end], expected[:, :end], rtol=1e-5, atol=1e-6)
 
 
-def unequal(q, k, v):
-    return varlen(q, k, v, torch.tensor([0, 10, q.shape[0] * q.shape[2]], dtype=torch.int32))
+def starts_of_rows(ends: list[int], tokens: int = 21) -> Tensor:
+    """Rows of a sequence, and one of padding behind it."""
+    bounds = [place for row, end in enumerate(ends) for place in (row * tokens, row * tokens + end)]
+    return torch.tensor([*bounds, len(ends) * tokens], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("ends", [[13], [21], [1], [0], [13, 19], [21, 4]])
+def test_rows_of_a_sequence_and_its_padding(ends: list[int], dynamic: bool) -> None:
+    model, starts = _Masked().eval(), starts_of_rows(ends)
+    x = video(len(ends))
+    torch._dynamo.maybe_mark_dynamic(x, 1) if dynamic else None
+    gm, inputs = dynamo_graph(model, x, starts)
+    copied, (record,) = rewritten(gm)
+    assert record.site.key_padding is not None and record.site.batch == len(ends)
+    with torch.no_grad():
+        torch.testing.assert_close(copied(*inputs)[0], model(x, starts), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("places", [[0, 5, 13, 19, 42], [3, 13, 21, 30, 42], [0, 13, 21, 30, 40], [0, 30, 21, 40, 42]])
+def test_rows_that_lie_otherwise_get_what_the_operator_yields(places: list[int]) -> None:
+    model, expected = _Masked().eval(), torch.tensor(places, dtype=torch.int32)
+    gm, inputs = dynamo_graph(model, video(2), starts_of_rows([13, 19]))
+    copied, (record,) = rewritten(gm, replace(KEEP_ALL, collect_stats=True))
+    inputs = [expected if value.dtype == torch.int32 else value for value in inputs]
+    with torch.no_grad():
+        torch.testing.assert_close(copied(*inputs)[0], gm(*inputs)[0], rtol=0, atol=0, equal_nan=True)
+        assert record.density is not None and _value_of(copied, record.density, inputs).eq(1).all()
+
+
+def _value_of(gm: fx.GraphModule, node: fx.Node, inputs: list[Any]) -> Tensor:
+    gm.graph.output_node().args = ((node,),)
+    gm.recompile()
+    return gm(*inputs)[0]
+
+
+def test_queries_and_keys_packed_otherwise_get_what_the_operator_yields() -> None:
+    def attend(q, k, v, starts):
+        packed = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v)]
+        rest = (starts, starts + torch.tensor([0, 1, 0]), 21, 21, 0.0, SCALE, False)
+        out = ops.flash_attn._flash_attn_varlen_forward(*packed, *rest)[0]
+        return out.unflatten(0, (1, 21)).transpose(1, 2)
+
+    gm, inputs = dynamo_graph(model_of(attend), video(1), starts_of_rows([13]))
+    copied, _ = rewritten(gm)
+    with torch.no_grad():
+        torch.testing.assert_close(copied(*inputs)[0], gm(*inputs)[0], rtol=0, atol=0)
 
 
 def too_short(q, k, v):
     return varlen(q, k, v, torch.tensor([0, 21, 40], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("attend", [unequal, too_short])
+def five_unequal(q, k, v):
+    return varlen(q, k, v, torch.tensor([0, 10, 20, 30, 42], dtype=torch.int32))
+
+
+def four(q, k, v):
+    return varlen(q, k, v, torch.tensor([0, 10, 20, 42], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("attend", [too_short, five_unequal, four])
 def test_several_sequences_of_different_lengths_stay_dense(attend: Any) -> None:
     gm, _ = dynamo_graph(model_of(attend), video(2))
     assert reasons(gm) == ["several_sequences"]
 
 
-def test_sequences_whose_lengths_are_data_stay_dense() -> None:
-    gm, _ = dynamo_graph(_Masked().eval(), video(1), torch.tensor([0, 13, 21], dtype=torch.int32))
-    assert reasons(gm) == ["several_sequences"]
+def unequal(q, k, v):
+    return varlen(q, k, v, torch.tensor([0, 10, q.shape[0] * q.shape[2]], dtype=torch.int32))
+
+
+def test_of_two_sequences_in_one_row_the_second_is_reported_as_dense() -> None:
+    model = model_of(unequal)
+    gm, inputs = dynamo_graph(model, video(2))
+    assert_unchanged(gm, inputs, model(video(2)))
+    copied, (record,) = rewritten(gm, replace(KEEP_ALL, top_p=0.3, collect_stats=True))
+    assert record.density is not None
+    density = _value_of(copied, record.density, inputs)
+    assert (density >= 32**2 / (10**2 + 32**2)).all() and (density < 1).all()
 
 
 MORE = [
