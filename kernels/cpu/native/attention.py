@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.cpu.attention import check_offset_contents
-from svg2_compile.kernels.cpu.native.calls import Tokens, call_native, check_order, pointer, tokens, unit_stride
+from svg2_compile.kernels.cpu.native.calls import (
+    VECTOR,
+    Tokens,
+    call_native,
+    check_order,
+    pointer,
+    threads_for,
+    tokens,
+    unit_stride,
+)
 
 __all__ = ["block_sparse_attention", "first_order_attention"]
 
@@ -139,7 +148,8 @@ def _attention(
     for name, x in given.items():
         setattr(call, name, pointer(x))
     clusters = (q_offsets.shape[2] - 3, k_offsets.shape[2] - 3)
-    for name, size in zip(_SIZES, (*sizes, *clusters, torch.get_num_threads()), strict=True):
+    pairs = batch * q_heads * num_queries * num_keys  # at the most
+    for name, size in zip(_SIZES, (*sizes, *clusters, threads_for(pairs * (dim + value_dim) / VECTOR)), strict=True):
         setattr(call, name, size)
     call_native("attention", call)
     return out, lse

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from svg2_compile.kernels.cpu.native.build import native
 
-__all__ = ["TYPES", "Tokens", "call_native", "check_order", "pointer", "tokens"]
+__all__ = ["VECTOR", "Tokens", "call_native", "check_order", "pointer", "threads_for", "tokens", "unit_stride"]
 
+OPERATIONS_PER_THREAD = 1 << 18  # some tenths of a millisecond
+VECTOR = 8  # numbers in a vector, about
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -36,6 +38,14 @@ def tokens(x: Tensor) -> Tokens:
 def unit_stride(x: Tensor) -> Tensor:
     """x [B, H, N, D], copied if its rows are not contiguous."""
     return x if x.shape[3] <= 1 or x.stride(3) == 1 else x.contiguous()
+
+
+def threads_for(operations: float) -> int:
+    """How many threads a call is worth that takes so many vector operations or moves of numbers.
+
+    On a machine that is not idle, waking another one and waiting for it may take longer than a small op takes alone.
+    """
+    return min(torch.get_num_threads(), max(1, int(operations / OPERATIONS_PER_THREAD)))
 
 
 def pointer(x: Tensor | None) -> int | None:

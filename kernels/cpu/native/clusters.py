@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svg2_compile.kernels.cpu.attention import check_offset_contents
 from svg2_compile.kernels.cpu.native.attention import block_sparse_attention
-from svg2_compile.kernels.cpu.native.calls import Tokens, call_native, pointer, tokens, unit_stride
+from svg2_compile.kernels.cpu.native.calls import VECTOR, Tokens, call_native, pointer, threads_for, tokens, unit_stride
 
 __all__ = ["block_estimates", "first_order_terms"]
 
@@ -110,6 +110,7 @@ def _call(name: str, key: Tensor, value: Tensor, scale: float, **others: Tensor)
     batch, q_heads, num_q_clusters, head_dim = given["q_centroids"].shape
     kv_heads, num_k_clusters, value_dim = given["v_centroids"].shape[1:]
     sizes = (batch, q_heads, kv_heads, head_dim, value_dim, num_q_clusters, num_k_clusters, SLOPE_PARTS)
-    for size_name, size in zip(_SIZES, (*sizes, torch.get_num_threads()), strict=True):
+    operations = q_heads * batch * num_q_clusters * key.shape[2] * (head_dim + value_dim) / VECTOR
+    for size_name, size in zip(_SIZES, (*sizes, threads_for(operations)), strict=True):
         setattr(call, size_name, size)
     call_native(name, call)

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels.cpu.native.calls import Tokens, call_native, pointer, tokens, unit_stride
+from svg2_compile.kernels.cpu.native.calls import VECTOR, Tokens, call_native, pointer, threads_for, tokens, unit_stride
 
 __all__ = ["kmeans"]
 
@@ -38,7 +38,8 @@ def kmeans(
     given = zip(("start", "valid", "labels", "centroids", "sizes"), (start, valid, labels, means, sizes), strict=True)
     call = KmeansCall(tokens(x), **{name: pointer(tensor) for name, tensor in given})
     valid_heads = 1 if valid is None else valid.shape[1]
-    counts = (batch, heads, num_tokens, dim, clusters, iters, valid_heads, torch.get_num_threads())
+    threads = threads_for(batch * heads * num_tokens * clusters * dim * iters / VECTOR)
+    counts = (batch, heads, num_tokens, dim, clusters, iters, valid_heads, threads)
     for name, count in zip(_SIZES, counts, strict=True):
         setattr(call, name, count)
     if labels.numel() > 0:

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels.cpu.native.calls import call_native, pointer
+from svg2_compile.kernels.cpu.native.calls import VECTOR, call_native, pointer, threads_for
 from svg2_compile.kernels.cpu.select import add_context_and_null
 
 __all__ = ["select_blocks_of_layer"]
@@ -58,7 +58,15 @@ def select_blocks_of_layer(
     given = (log_mass, log_error, q_variances, k_centroids, q_sizes, k_offsets, block_map)
     kept_alive = [x.contiguous() for x in (*given, torch.empty_like(log_error))]
     call = SelectCall(*map(pointer, kept_alive), scale, float(density))
-    sizes = (batch, q_heads, kv_heads, dim, q_clusters, k_clusters, torch.get_num_threads())
+    sizes = (
+        batch,
+        q_heads,
+        kv_heads,
+        dim,
+        q_clusters,
+        k_clusters,
+        threads_for(log_error.numel() * (dim / VECTOR + 20)),
+    )
     for name, size in zip(_SIZES, sizes, strict=True):
         setattr(call, name, size)
     if log_error.numel() > 0:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from svg2_compile.kernels.cpu.attention import check_offset_contents
 from svg2_compile.kernels.cpu.cluster import check_labels
-from svg2_compile.kernels.cpu.native.calls import Tokens, call_native, check_order, pointer, tokens, unit_stride
+from svg2_compile.kernels.cpu.native.calls import (
+    Tokens,
+    call_native,
+    check_order,
+    pointer,
+    threads_for,
+    tokens,
+    unit_stride,
+)
 
 __all__ = ["cluster_means", "cluster_order", "cluster_variances", "permute_tokens", "unpermute_tokens"]
 
@@ -104,5 +112,6 @@ def _call(
     out: Tokens | None = None,
 ) -> None:
     pointers = {argument: pointer(tensor) for argument, tensor in given.items()}
-    call = TokensCall(x or Tokens(), out or Tokens(), **pointers, **sizes, threads=torch.get_num_threads())
+    operations = sizes["batch"] * sizes["heads"] * sizes["num_tokens"] * max(8, sizes.get("dim", 0) // 4)
+    call = TokensCall(x or Tokens(), out or Tokens(), **pointers, **sizes, threads=threads_for(operations))
     call_native(name, call)

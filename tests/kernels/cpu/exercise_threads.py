@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from svg2_compile.kernels.cpu.native import calls
 from svg2_compile.kernels.cpu.native import implementation as native
 
 TOKENS, HEADS, DIM, Q_CLUSTERS, K_CLUSTERS = 400, 2, 24, 6, 20
@@ -36,6 +37,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[
 
 def main() -> None:
     torch.manual_seed(0)
+    calls.OPERATIONS_PER_THREAD = 1  # small as they are, they take all threads
     tokens = [torch.randn(1, HEADS, TOKENS, DIM) for _ in range(3)]
     results = {}
     for threads in (1, 4):
