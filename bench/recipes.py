@@ -190,13 +190,14 @@ def flash_attn_package() -> Any:
     )
     library.define(f"_flash_attn_forward(Tensor q, Tensor k, Tensor v, {rest}")
 
-    def varlen(q, k, v, starts_q, starts_k, max_q, max_k, dropout, scale, causal):
+    def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *rest: Any) -> Any:
+        _, _, _, scale, _ = rest
         out, (queries, keys) = torch.full_like(q, math.nan), (starts.tolist() for starts in (starts_q, starts_k))
         for begin, end, first, last in zip(queries, queries[1:], keys, keys[1:], strict=False):
             out[begin:end] = _softmax_attention(q[begin:end], k[first:last], v[first:last], scale)
         return out, q.new_zeros(q.shape[:-1], dtype=torch.float32)
 
-    def dense(q, k, v, dropout, scale, causal):
+    def dense(q: Tensor, k: Tensor, v: Tensor, _dropout: float, scale: float, _causal: bool) -> Any:
         out = torch.stack([_softmax_attention(*row, scale) for row in zip(q, k, v, strict=True)])
         return out, q.new_zeros(q.shape[:-1], dtype=torch.float32)
 
@@ -206,18 +207,29 @@ def flash_attn_package() -> Any:
     package = module("flash_attn", __version__="2.8.3", library=library)
     operators = torch.ops.flash_attn
 
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, **_):
-        return operators._flash_attn_forward(q, k, v, 0.0, softmax_scale or q.shape[-1] ** -0.5, causal)[0]
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return operators._flash_attn_forward(q, k, v, 0.0, q.shape[-1] ** -0.5, False)[0]
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, **_
-    ):
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> Any:
         packed = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return operators._flash_attn_varlen_forward(*packed, 0.0, softmax_scale or q.shape[-1] ** -0.5, False)[0]
 
-    def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, **_):
+    def flash_attn_varlen_qkvpacked_func(
+        qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0, **rest: Any
+    ) -> Any:
         packed = (*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return flash_attn_varlen_func(*packed, softmax_scale=softmax_scale)
+        return flash_attn_varlen_func(*packed, softmax_scale=rest.get("softmax_scale"))
 
     functions = (flash_attn_func, flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func)
     vars(package).update({function.__name__: function for function in functions})

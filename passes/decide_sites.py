@@ -240,7 +240,7 @@ def video_parts(call: AttentionCall, layouts: TokenLayouts) -> Parts:
     query = layouts.segments(call.query, call.token_dim, call.sequences)
     key = layouts.segments(call.key, call.key_token_dim, call.sequences)
     if query is None or key is None or not layouts.latent:
-        raise StaysDense("unknown_layout", f"it could not be shown where the tokens come from{_not_followed(layouts)}")
+        raise StaysDense("unknown_layout", layouts.why_unknown(call.query))
     if _arrive_as_they_are(query, key, call, layouts):
         return ((0, plain_size(query[0].length)),)
     query_parts, key_parts = _parts(query, layouts), _parts(key, layouts)
@@ -257,14 +257,6 @@ def video_parts(call: AttentionCall, layouts: TokenLayouts) -> Parts:
     starts = itertools.accumulate((length for _, length in query_parts), initial=sympy.Integer(0))
     pieces = [(start, length) for start, (is_video, length) in zip(starts, query_parts, strict=False) if is_video]
     return tuple((plain_size(start), plain_size(length)) for start, length in pieces)
-
-
-def _not_followed(layouts: TokenLayouts) -> str:
-    """The operators on whose outputs nothing is known, and the way out."""
-    names = [str(name) for name, _ in layouts.unruled_ops.most_common(3)]
-    if not names:
-        return ": compile the whole model, where the video is an input, or keep its tokens in one piece"
-    return f"; not followed: {', '.join(names)}. Reshape, cut and join tokens by operators of PyTorch's instead"
 
 
 def _arrive_as_they_are(query: Factor, key: Factor, call: AttentionCall, layouts: TokenLayouts) -> bool:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
+from svg2_compile.passes.graph.nodes import operator_name
 from svg2_compile.passes.layout.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Inside, Segment, collapse, make_axis
 from svg2_compile.passes.layout.interpreter import Interpretation, interpret
 from svg2_compile.passes.layout.latent import find_latent
@@ -59,6 +60,34 @@ class TokenLayouts:
             axis = None if each is None else reshape((axis,), [axis.length], [count, each])[1]
         factor = None if axis is None else collapse(axis)
         return None if factor is None or any(MIXED in segment.sources for segment in factor) else factor
+
+    def why_unknown(self, node: fx.Node) -> str:
+        """In words: where the positions of a tensor were lost, and the way out."""
+        unknown = "it could not be shown where the tokens come from"
+        names = [str(name) for name, _ in self.unruled_ops.most_common(3)]
+        if names:
+            way_out = "Reshape, cut and join tokens by operators of PyTorch's instead"
+            return f"{unknown}; not followed: {', '.join(names)}. {way_out}"
+        names = self._lost_at(node)
+        if names:
+            return f"{unknown}; lost at {', '.join(names)}. Keep the tokens of the video together, in their order"
+        return f"{unknown}: compile the whole model, where the video is an input, or keep its tokens in one piece"
+
+    def _lost_at(self, node: fx.Node) -> list[str]:
+        """The operators before `node` whose outputs have an unknown axis though none of their inputs has one."""
+        names: dict[str, None] = {}
+        seen, waiting = {node}, [node]
+        while waiting:
+            current = waiting.pop()
+            inputs = [n for n in current.all_input_nodes if not self._is_known(n)]
+            if not inputs and current.op in ("call_function", "call_method") and not self._is_known(current):
+                names[operator_name(current)] = None
+            waiting += [n for n in inputs if n not in seen]
+            seen.update(inputs)
+        return list(names)
+
+    def _is_known(self, node: fx.Node) -> bool:
+        return all(axis.known for axis in self.axes.get(node, ()))
 
 
 def analyse_token_layout(
