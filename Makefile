@@ -2,6 +2,7 @@
 #   make demo    a video transformer, dense and sparse, side by side
 #   make test    lint, types and the whole test suite
 #   make lint    ruff and mypy alone
+#   make sanitize   the tests of native code under the address, undefined-behaviour and thread sanitizers
 #   make bench   the CPU benchmarks; results in bench/results/
 #   make bench-gpu   on a machine with a CUDA device: kernels against dense attention and the peers
 
@@ -20,7 +21,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 NEWEST_TRITON := 3.9.0
 NEWEST_STAMP  := .triton-newest/.installed-$(NEWEST_TRITON)
 
-.PHONY: demo test lint types unit newest-triton bench bench-gpu install clean
+.PHONY: demo test lint types unit newest-triton sanitize bench bench-gpu install clean
 .DEFAULT_GOAL := test
 
 # Installed once, and again when what is to be installed has changed.
@@ -58,6 +59,19 @@ else
 newest-triton:
 	@echo "Triton is on PyPI for Linux only: its kernels are not checked here"
 endif
+
+# Each with a library of its own; Python is not instrumented, so that the sanitizer is loaded before it.
+CXX ?= g++
+PRELOAD = $(foreach library,$(1) libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
+NATIVE_TESTS := native and not random and not processes and not dtypes
+
+sanitize: $(STAMP)
+	SVG2_NATIVE_FLAGS="-g -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=undefined" \
+		LD_PRELOAD="$(call PRELOAD,libasan.so libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -q tests/kernels/cpu -k "$(NATIVE_TESTS)"
+	SVG2_NATIVE_FLAGS="-g -fsanitize=thread -DSVG2_STD_THREADS" LD_PRELOAD="$(call PRELOAD,libtsan.so)" \
+		TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/.ci/tsan-suppressions.txt \
+		$(BIN)/python -m tests.kernels.cpu.exercise_threads
 
 unit: $(STAMP)
 	$(PYTEST)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / ".typecheck"
-INSIDE_PACKAGE = ("passes", "kernels")
+INSIDE_PACKAGE = ("passes", "kernels", "integrations")
 CHECKED = ("svg2_compile", "tests", "bench")
 
 

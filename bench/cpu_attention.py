@@ -2,12 +2,14 @@
 
     python -m bench.cpu_attention            every shape (about 15 minutes on two cores); JSON and plot
     python -m bench.cpu_attention --quick    one small shape per dtype, nothing written
+    python -m bench.cpu_attention --loaded   two shapes, quiet and with two other busy processes; JSON of its own
 
 Dense is scaled_dot_product_attention on the same query, key and value. "attention" is svg2::block_sparse_attention
 alone; "everything" adds k-means (a step's default iterations, from warm centroids), selection, ordering, permutation
 and un-permutation. As SVG2 publishes it, with the centroid compensation and error routing of SVG-EAR, and with the
-default: first-order compensation and one budget for all heads. A shape is timed only after its results were compared
-with exact attention.
+default: first-order compensation and one budget for all heads. "flex" is FlexAttention with a mask of 128 x 128 blocks
+of equal density, "sgemm" the machine's matrix product, "aten" the default without native code. All of them take turns
+in one run. A shape is timed only after its results were compared with exact attention.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.clustered_inputs import clustered_inputs
-from bench.common import measure, peak_memory_growth, require_close, write_results
+from bench.common import Timing, measure, peak_memory_growth, require_close, write_results
+from bench.cpu_peers import busy_processes, flex_peer, sgemm, sgemm_gflops
 from bench.rewritten import Inputs, Rewritten, Settings, make_inputs
 from bench.shape import Shape, default_shape
+from svg2_compile.kernels.ops import use_implementation
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7}  # of the largest value; bfloat16: two roundings
 SAMPLED_ROWS = 64
@@ -120,7 +124,9 @@ def run_case(chosen: Case, repeats: int, with_memory: bool) -> dict[str, Any]:
     inputs = prepare(chosen)
     variants = {name: Rewritten(chosen.shape, inputs, chosen.settings(name)) for name in VARIANTS}
     errors = {name: check(chosen, name, rewritten) for name, rewritten in variants.items()}
-    functions: dict[str, Callable[[], object]] = {"dense": lambda: dense(inputs)}
+    functions: dict[str, Callable[[], object]] = {"dense": lambda: dense(inputs), "sgemm": sgemm()}
+    if chosen.density < 1:
+        functions["flex"] = flex_of(chosen, inputs)
     for name, rewritten in variants.items():
         functions |= {name: rewritten.run, f"{name} attention": rewritten.attend}
     stages = variants["default"].stages
@@ -137,6 +143,7 @@ def run_case(chosen: Case, repeats: int, with_memory: bool) -> dict[str, Any]:
         "num_k_clusters": shape.num_k_clusters,
         "requested_density": chosen.density,
         "dense": timings["dense"].to_json(),
+        **rates(shape, timings),
         "stage_share": {name: round(timings[name].median_ms / timings["default"].median_ms, 4) for name in stages},
     }
     for name, rewritten in variants.items():
@@ -153,11 +160,70 @@ def run_case(chosen: Case, repeats: int, with_memory: bool) -> dict[str, Any]:
     return result | (memory_of(chosen) if with_memory else {})
 
 
+def flex_of(chosen: Case, inputs: Inputs) -> Callable[[], object]:
+    return flex_peer(inputs.query, inputs.key, inputs.value, chosen.density, TOLERANCE[chosen.shape.dtype])
+
+
+def rates(shape: Shape, timings: dict[str, Timing]) -> dict[str, Any]:
+    """The machine's matrix product and dense attention in GFLOP/s, and FlexAttention."""
+    dense_ms = timings["dense"].median_ms
+    found: dict[str, Any] = {
+        "sgemm_gflops": round(sgemm_gflops(timings["sgemm"].median_ms), 1),
+        "dense_gflops": round(shape.flops() / dense_ms / 1e6, 1),
+    }
+    if "flex" in timings:
+        found["flex"] = {"speedup": round(dense_ms / timings["flex"].median_ms, 2), **timings["flex"].to_json()}
+    return found
+
+
+LOADED_CASES = [case(8192, 64), case(16384, 64, density=0.1)]
+BUSY = 2
+
+
+def run_loaded(chosen: Case, repeats: int) -> dict[str, Any]:
+    """One shape on the machine as it is, then with BUSY other processes: ratios to dense attention in each."""
+    inputs = prepare(chosen)
+    rewritten = Rewritten(chosen.shape, inputs, chosen.settings("default"))
+    check(chosen, "default", rewritten)
+
+    def by_aten() -> None:
+        with use_implementation("cpu"):
+            rewritten.run()
+
+    functions: dict[str, Callable[[], object]] = {
+        "dense": lambda: dense(inputs),
+        "everything": rewritten.run,
+        "attention": rewritten.attend,
+        "everything, aten": by_aten,
+        "flex": flex_of(chosen, inputs),
+        "sgemm": sgemm(),
+    }
+    result: dict[str, Any] = {
+        "num_tokens": chosen.shape.num_tokens,
+        "head_dim": chosen.shape.head_dim,
+        "density": round(float(rewritten.densities().mean()), 4),
+    }
+    quiet = measure(functions, repeats)
+    with busy_processes(BUSY):
+        loaded = measure(functions, repeats)
+    for name, timings in (("quiet", quiet), ("loaded", loaded)):
+        ratios = {of: round(timings["dense"].median_ms / timing.median_ms, 2) for of, timing in timings.items()}
+        result[name] = {
+            "speedup": ratios,
+            "sgemm_gflops": round(sgemm_gflops(timings["sgemm"].median_ms), 1),
+            "times": {of: timing.to_json() for of, timing in timings.items()},
+        }
+        print(f"N {chosen.shape.num_tokens}  density {result['density']}  {name:6s} {ratios}", flush=True)
+    return result
+
+
 def print_result(result: dict[str, Any]) -> None:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in result["stage_share"].items())
     print(
         f"N {result['num_tokens']:6d}  D {result['head_dim']:3d}  {result['dtype']:8s}  "
-        f"dense {result['dense']['median_ms']:9.1f} ms, spread {result['dense']['spread']:.0%}\n    {shares}"
+        f"dense {result['dense']['median_ms']:9.1f} ms, spread {result['dense']['spread']:.0%}  "
+        f"{result['dense_gflops']} of sgemm's {result['sgemm_gflops']} GFLOP/s  "
+        f"flex {result['flex']['speedup'] if 'flex' in result else '-'}x\n    {shares}"
     )
     for name in VARIANTS:
         of = result[name]
@@ -173,7 +239,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="one small shape per dtype; writes nothing")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each function (default 5)")
+    parser.add_argument("--loaded", action="store_true", help="two shapes, quiet and beside two other busy processes")
     options = parser.parse_args()
+    if options.loaded:
+        with torch.inference_mode():
+            results = [run_loaded(chosen, options.repeats) for chosen in LOADED_CASES]
+        print(write_results("cpu_attention_loaded", results, busy_processes=BUSY, generator=clustered_inputs.__doc__))
+        return
     cases = quick_cases() if options.quick else all_cases()
     results = []
     with torch.inference_mode():

@@ -122,8 +122,8 @@ _NOT_YET = (
     "`cross_attention` and `not_video` (text that attends to itself) are dense by design.",
     "",
     "Packed rows in which the padding of the text is a sequence of its own (HunyuanVideo's default mode) are sparse: "
-    "the valid tokens by clusters, the padding by the operator itself. Where the starts of the sequences are others when "
-    "the model runs, its result is the operator's, and the report shows a density of 100 %.",
+    "the valid tokens by clusters, the padding by the operator itself. Where the starts of the sequences are others "
+    "when the model runs, its result is the operator's, and the report shows a density of 100 %.",
     "",
     "What stays dense in such code, and why:",
     "",

@@ -1,4 +1,4 @@
-"""Draw docs/img/overview.png: an attention over clustered tokens in token order, permuted, and selected.
+"""Draw docs/img/overview.png: an attention over clustered tokens in token order, permuted, selected and compensated.
 
 python -m bench.overview_picture
 """
@@ -9,46 +9,61 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
+from torch import Tensor
 
 from bench.clustered_inputs import clustered_inputs
 from bench.common import IMAGES
-from bench.shape import default_shape
-from svg2_compile.kernels import ops
+from bench.rewritten import Rewritten, Settings, make_inputs
+from bench.shape import Shape
+from svg2_compile.settings.config import Svg2Config
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 PICTURE = IMAGES / "overview.png"
-TOP_P, NUM_Q_CLUSTERS, NUM_K_CLUSTERS, ITERS = 0.9, 8, 24, 10
+SHAPE = Shape("overview", 1, 900, 0, 16, num_q_clusters=16, num_k_clusters=48, spread=2.4, dtype=torch.float32)
+
+
+def compensated_weights(call: Rewritten, query: Tensor, selected: Tensor, exact: Tensor) -> Tensor:
+    """What keys weigh [N, N], rows and columns by cluster: selected ones exactly, every skipped cluster as one key."""
+    clusters = slice(0, SHAPE.num_k_clusters)
+    rows, columns = _blocks(call)
+    away = query[0, 0][call.q_order[0, 0].long()] - call.q_means[0, 0][rows]
+    masses = SHAPE.scale * away @ call.k_means[0, 0].T + call.log_mass[0, 0][rows][:, clusters]
+    sizes = call.k_offsets[0, 0].diff()[clusters]
+    stand_ins = (masses - sizes.log())[:, columns].exp()
+    weights = torch.where(selected, exact, stand_ins)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def draw() -> Path:
     """Compute and save the picture; return its path."""
-    query, key, _ = clustered_inputs(default_shape("overview", 1, 900, 16, 2.4, torch.float32))
-    num_tokens, scale = query.shape[2], query.shape[3] ** -0.5
-    cold, flag = torch.zeros(1, 1, NUM_Q_CLUSTERS, query.shape[3]), torch.tensor(False)
-    q_labels, q_centroids, q_sizes = ops.kmeans(query, cold, flag, ITERS)
-    k_labels, k_centroids, k_sizes = ops.kmeans(key, torch.zeros(1, 1, NUM_K_CLUSTERS, query.shape[3]), flag, ITERS)
-    q_order, q_offsets = ops.cluster_order(q_labels, NUM_Q_CLUSTERS, 0, num_tokens)
-    k_order, k_offsets = ops.cluster_order(k_labels, NUM_K_CLUSTERS, 0, num_tokens)
-    block_map = ops.select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, scale, TOP_P, 0.0)
-    density = ops.block_density(q_offsets, k_offsets, block_map).item()
+    density = Svg2Config().selection()[1]
+    assert density is not None
+    inputs = make_inputs(SHAPE, clustered_inputs(SHAPE))
+    query, key, value = inputs[:3]
+    call = Rewritten(SHAPE, inputs, Settings(density, first_order=True))
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    error = float((call.out - dense).norm() / dense.norm())
 
-    weights = (query @ key.transpose(-1, -2) * scale).softmax(-1)[0, 0]
-    permuted = weights[q_order[0, 0].long()][:, k_order[0, 0].long()]
-    rows = torch.repeat_interleave(torch.arange(NUM_Q_CLUSTERS + 2), q_offsets[0, 0].diff().long())
-    columns = torch.repeat_interleave(torch.arange(NUM_K_CLUSTERS + 2), k_offsets[0, 0].diff().long())
-    selected = block_map[0, 0][rows][:, columns]
+    exponentials = (query @ key.transpose(-1, -2) * SHAPE.scale).exp()[0, 0]
+    weights = exponentials / exponentials.sum(dim=1, keepdim=True)
+    q_order, k_order = call.q_order[0, 0].long(), call.k_order[0, 0].long()
+    permuted = weights[q_order][:, k_order]
+    rows, columns = _blocks(call)
+    selected = call.block_map[0, 0][rows][:, columns]
     recall = (permuted * selected).sum(-1).mean().item()
+    compensated = compensated_weights(call, query, selected, exponentials[q_order][:, k_order])
 
     panels = [
         ("1  attention, tokens in order", weights, None),
         ("2  permuted by k-means clusters", permuted, None),
-        (f"3  selected: {density:.0%} of pairs, {recall:.0%} of mass", permuted, selected),
+        (f"3  selected: {float(call.densities().mean()):.0%} of pairs, {recall:.0%} of mass", permuted, selected),
+        (f"4  the rest as one key a cluster: error {error:.1%}", compensated, None),
     ]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.3), constrained_layout=True)
+    figure, axes = plt.subplots(1, 4, figsize=(16, 4.3), constrained_layout=True)
     for axis, (title, values, mask) in zip(axes, panels, strict=True):
-        shown = (values * num_tokens).clamp(min=1e-3).log10()
+        shown = (values * SHAPE.num_tokens).clamp(min=1e-3).log10()
         image = shown if mask is None else torch.where(mask, shown, torch.nan)
         axis.set_facecolor("white")
         axis.imshow(image, cmap="magma_r", vmin=-1.5, vmax=1.5, interpolation="nearest", aspect="equal")
@@ -56,6 +71,13 @@ def draw() -> Path:
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=110)
     return PICTURE
+
+
+def _blocks(call: Rewritten) -> tuple[Tensor, Tensor]:
+    """The block of every query and of every key, by cluster."""
+    sizes = (call.q_offsets[0, 0].diff(), call.k_offsets[0, 0].diff())
+    q_blocks, k_blocks = (torch.arange(len(size)).repeat_interleave(size.long()) for size in sizes)
+    return q_blocks, k_blocks
 
 
 if __name__ == "__main__":

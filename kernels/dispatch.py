@@ -29,6 +29,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLEMENTATIONS = {
     "reference": Implementation("svg2_compile.kernels.reference.implementation", ("cpu", "cuda")),
     "cpu": Implementation("svg2_compile.kernels.cpu.implementation", ("cpu",)),
+    "native": Implementation("svg2_compile.kernels.cpu.native.implementation", ("cpu",)),
     "triton": Implementation(
         "svg2_compile.kernels.triton.implementation",
         ("cpu", "cuda") if _INTERPRETED else ("cuda",),
@@ -37,10 +38,11 @@ IMPLEMENTATIONS = {
 }
 
 # What runs when nobody asks for anything, by device type. A device without an entry is an error, not a fallback.
+# "native" is "cpu" where there is no compiler, which is said once.
 # A CUDA build of torch brings Triton along on Linux; where there is none the readable reference runs, and the cost
 # model knows it.
 DEFAULT_IMPLEMENTATION = {
-    "cpu": "cpu",
+    "cpu": "native",
     "cuda": "triton" if _HAS_TRITON else "reference",
 }
 
@@ -73,12 +75,23 @@ def implementation_for(device: torch.device) -> str:
                 f"implementation {requested!r} was requested for tensors on {device.type}; "
                 f"valid for it: {', '.join(served)}"
             )
+        problem = _native_problem() if requested == "native" else None
+        if problem is not None:
+            raise ValueError(f"implementation 'native' was requested, but there is no native code: {problem}")
         return requested
     if device.type not in DEFAULT_IMPLEMENTATION:
         raise ValueError(
             f"svg2 ops have no implementation for device {device.type!r}; valid: {', '.join(DEFAULT_IMPLEMENTATION)}"
         )
-    return DEFAULT_IMPLEMENTATION[device.type]
+    chosen = DEFAULT_IMPLEMENTATION[device.type]
+    return "cpu" if chosen == "native" and _native_problem() is not None else chosen
+
+
+def _native_problem() -> str | None:
+    """Why there is no native code for the CPU; None where there is."""
+    # By its name, as implementations are: they stand above this file.
+    native = importlib.import_module("svg2_compile.kernels.cpu.native.build").native()
+    return None if native.library is not None else native.detail
 
 
 def run_implementation(op: str, device: torch.device, *args: Any) -> Any:

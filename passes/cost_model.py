@@ -52,14 +52,14 @@ class DeviceProfile:
 
 CPU = DeviceProfile(
     name="cpu",
-    dense_flops=1.6e11,
-    sparse_flops=1.3e11,
-    kmeans_flops=0.5e11,
-    bandwidth=5e9,
-    cluster_overhead=1.5e-4,
-    head_overhead=1e-3,
-    call_overhead=1e-3,
-    source="fitted to bench/cpu_attention on 2 cores: float32, 1,024 to 32,768 tokens",
+    dense_flops=1.5e11,
+    sparse_flops=1.5e11,
+    kmeans_flops=1.1e11,
+    bandwidth=1.5e10,
+    cluster_overhead=2e-5,
+    head_overhead=2e-4,
+    call_overhead=5e-4,
+    source="fitted to the stages of bench/cpu_attention on 2 cores: float32, 4,096 to 16,384 tokens",
 )
 # Devices without kernels of their own run the readable reference, which is there to be right.
 REFERENCE = DeviceProfile(
@@ -104,7 +104,7 @@ _DENSITY_BY_TOP_P = ((0.0, 0.05), (0.7, 0.14), (0.85, 0.25), (0.9, 0.30), (0.95,
 
 
 # What a pair of query centroid and key costs in error-aware routing, in pairs of attention (measured on a CPU).
-_ROUTING_PAIR = 5
+_ROUTING_PAIR = 2
 # What such a pair costs beyond that for the residual of first-order compensation (measured on a CPU).
 _RESIDUAL_PAIR = 2
 

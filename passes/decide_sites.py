@@ -13,6 +13,7 @@ Guarantees: every attention has one decision, in the order of the graph; no guar
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,16 +27,20 @@ from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATION
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_padding
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
+from svg2_compile.passes.expected_gain import cluster_counts, traced_video_tokens, with_expected_gain
 from svg2_compile.passes.graph.nodes import is_projected
 from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.layout.axes import Factor
 from svg2_compile.passes.layout.lengths import same_length, size_expr
-from svg2_compile.passes.sites import Site, SitePolicy, Skip, StaysDense, dense_layer_count, dense_layer_detail
+from svg2_compile.passes.sites import Site, SitePolicy, Skip, dense_layer_count, dense_layer_detail
+from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.token_layout import TokenLayouts
-from svg2_compile.passes.worth import cluster_counts, traced_video_tokens, with_expected_gain
 
-__all__ = ["decide_sites"]
+__all__ = ["Parts", "decide_call", "decide_sites", "video_parts"]
+
+Parts = tuple[tuple[Any, Any], ...]
+"""Start and length of every piece of the video on the token axis that queries and keys share."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,7 +73,9 @@ def decide_sites(
         (found.node, Skip(found.name, found.reason, found.detail)) for found in unreadable
     ]
     profile = profile or profile_for(device)
-    decisions += [(call.node, _decide(call, layouts, policy, device, profile, numbers or {})) for call in calls]
+    for call in calls:
+        find_parts = functools.partial(video_parts, call, layouts)
+        decisions.append((call.node, _decide(call, find_parts, policy, device, profile, numbers or {})))
     position = {node: i for i, node in enumerate(next(iter(decisions))[0].graph.nodes)} if decisions else {}
     ordered = [decision for _, decision in sorted(decisions, key=lambda pair: position[pair[0]])]
     ordered = _settle_the_shorter(ordered)
@@ -127,9 +134,29 @@ def _skip_site(site: Site, reason: str, detail: str) -> Skip:
     )
 
 
+def decide_call(
+    call: AttentionCall,
+    parts: Parts | StaysDense,
+    policy: SitePolicy,
+    device: torch.device,
+    profile: DeviceProfile | None = None,
+) -> Site | Skip:
+    """Decide one attention of which it is known where the video is, or why not; the rest as of decide_sites."""
+
+    def known_parts() -> Parts:
+        lengths = [node_value(call.query).shape[call.token_dim], node_value(call.key).shape[call.key_token_dim]]
+        if lengths[0] != lengths[1]:
+            raise StaysDense("cross_attention", f"{lengths[0]} queries and {lengths[1]} keys are different tokens")
+        if isinstance(parts, StaysDense):
+            raise parts
+        return parts
+
+    return _decide(call, known_parts, policy, device, profile or profile_for(device), {})
+
+
 def _decide(
     call: AttentionCall,
-    layouts: TokenLayouts,
+    find_parts: Callable[[], Parts],
     policy: SitePolicy,
     device: torch.device,
     profile: DeviceProfile,
@@ -142,7 +169,7 @@ def _decide(
         batch, num_heads, num_kv_heads, head_dim, tokens = _dimensions(call, known)
         numbers |= {"num_heads": num_heads, "head_dim": head_dim}
         _check_head_dim(call, head_dim, device)
-        parts = _video_parts(call, layouts)
+        parts = find_parts()
         video_tokens = plain_size(sympy.Add(*(length for _, length in parts)))
         numbers |= {"video_tokens": video_tokens, "context_tokens": tokens - video_tokens}
         key_padding = _check_call(call)
@@ -208,8 +235,8 @@ def _number(size: Any, known: Mapping[sympy.Symbol, Any]) -> Any:
     return plain_size(size_expr(size).xreplace({symbol: sympy.sympify(number) for symbol, number in known.items()}))
 
 
-def _video_parts(call: AttentionCall, layouts: TokenLayouts) -> tuple[tuple[Any, Any], ...]:
-    """Start and length of every piece of the video on the token axis that queries and keys share."""
+def video_parts(call: AttentionCall, layouts: TokenLayouts) -> Parts:
+    """Where the video is, by the layouts of queries and keys."""
     query = layouts.segments(call.query, call.token_dim, call.sequences)
     key = layouts.segments(call.key, call.key_token_dim, call.sequences)
     if query is None or key is None or not layouts.latent:

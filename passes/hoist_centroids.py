@@ -38,7 +38,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from svg2_compile.passes.graph.values import find_fake_mode, metadata_key
 from svg2_compile.passes.sparsify import Clustering, SparseSite
 
-__all__ = ["BUDGET", "StateSlot", "StateSpec", "hoist_centroids"]
+__all__ = ["BUDGET", "OrderSlot", "StateSlot", "StateSpec", "hoist_centroids"]
 
 BUDGET = "svg2_budget"
 """The input that has the density, where heads share one that is given."""
@@ -60,11 +60,21 @@ class StateSlot:
 
 
 @dataclass(frozen=True)
+class OrderSlot:
+    """The order of one site's heads (see balance_heads): int64 [heads]."""
+
+    site_index: int
+    heads: int
+    ranks: int
+    group: str
+
+
+@dataclass(frozen=True)
 class StateSpec:
     """How the rewritten graph is called.
 
     Inputs:  the original ones, one tensor per slot, ``seeded`` (bool tensor []), ``iters`` (int), and with
-             ``has_budget`` the density (float32 tensor []).
+             ``has_budget`` the density (float32 tensor []); then one order of heads (int64 [H]) per entry of orders.
     Outputs: the original ones, one tensor per slot, one density tensor [B, H] per entry of density_sites, and two
              tensors per entry of error_sites: the errors of the heads [B, H], and that of all together [].
     """
@@ -76,6 +86,7 @@ class StateSpec:
     device: torch.device
     has_budget: bool = False
     error_sites: tuple[int, ...] = ()
+    orders: tuple[OrderSlot, ...] = ()
 
 
 def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite], budget_input: bool = False) -> StateSpec:
@@ -109,6 +120,7 @@ def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite], budget_inpu
         budget = placeholders.append(BUDGET, shared[0])
         for node in shared:
             _replace(graph, node, budget)
+    orders = _hoist_orders(graph, placeholders, sites)
     for _, side in clusterings:
         side.kmeans.update_arg(2, seeded)
         side.kmeans.update_arg(3, iters)
@@ -121,13 +133,31 @@ def hoist_centroids(gm: fx.GraphModule, sites: Sequence[SparseSite], budget_inpu
     num_outputs = _append_outputs(graph, [*carried, *measured])
     graph.lint()
     gm.recompile()
-    return StateSpec(tuple(slots), tuple(densities), num_inputs, num_outputs, device, has_budget, tuple(errors))
+    return StateSpec(
+        *(tuple(slots), tuple(densities), num_inputs, num_outputs, device),
+        has_budget=has_budget,
+        error_sites=tuple(errors),
+        orders=orders,
+    )
 
 
 def _replace(graph: fx.Graph, node: fx.Node, state: fx.Node) -> None:
     """Let an input take the place of a constant."""
     node.replace_all_uses_with(state)
     _erase_unused(graph, node)
+
+
+def _hoist_orders(graph: fx.Graph, placeholders: _Placeholders, sites: Sequence[SparseSite]) -> tuple[OrderSlot, ...]:
+    slots = []
+    for site in sites:
+        order = site.head_order
+        if order is not None:
+            index = site.site.index
+            state = placeholders.append(f"svg2_{index}_order", order.node)
+            order.node.replace_all_uses_with(state)
+            _erase_unused(graph, order.node)
+            slots.append(OrderSlot(index, order.heads, order.ranks, order.group))
+    return tuple(slots)
 
 
 class _Placeholders:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from svg2_compile.passes.attention.call import AttentionCall
 from svg2_compile.passes.attention.masks import KeyPadding
+from svg2_compile.passes.stays_dense import StaysDense
+from svg2_compile.passes.worth import Worth
 
-if TYPE_CHECKING:
-    from svg2_compile.passes.worth import Worth
-
-__all__ = ["Site", "SitePolicy", "Skip", "StaysDense", "dense_layer_count", "dense_layer_detail"]
+__all__ = ["Site", "SitePolicy", "Skip", "dense_layer_count", "dense_layer_detail"]
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,3 @@ def dense_layer_count(dense_layers: int | float, num_sites: int) -> int:
 def dense_layer_detail(count: int, dense_layers: int | float) -> str:
     """The reason "dense_layer" in words."""
     return f"the first {count} attentions over the video stay dense (dense_layers={dense_layers})"
-
-
-class StaysDense(Exception):
-    """Why an attention stays dense, raised where that is found. numbers: fields of the Skip that are known by then."""
-
-    def __init__(self, reason: str, detail: str, **numbers: Any) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-        self.numbers = numbers

@@ -39,13 +39,15 @@ is complete as it stands, starting cold on every call: carrying centroids from s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from svg2_compile.passes.attention.emit_padding import emit_valid, emit_zero_padding
+from svg2_compile.passes.balance_heads import HeadOrder
 from svg2_compile.passes.block_attention import BlockAttention, ClusteredTokens, Clustering, SparsityPolicy
 from svg2_compile.passes.graph.builder import GraphBuilder
 from svg2_compile.passes.graph.sizes import SizeEmitter
@@ -68,12 +70,19 @@ class SparseSite:
     next_budget: fx.Node | None = None  # float32 [], where it follows the error
     errors: fx.Node | None = None  # float32 [B, H]: of every head
     error: fx.Node | None = None  # float32 []: of all heads together
+    head_order: HeadOrder | None = None  # which heads are whose, where they are spread over ranks
 
 
-def sparsify(gm: fx.GraphModule, sites: list[Site], policy: SparsityPolicy) -> list[SparseSite]:
-    """Rewrite ``sites`` of ``gm`` in place and return a record of each, in the order given."""
+def sparsify(
+    gm: fx.GraphModule, sites: list[Site], policy: SparsityPolicy, orders: Mapping[int, HeadOrder] | None = None
+) -> list[SparseSite]:
+    """Rewrite ``sites`` of ``gm`` in place and return a record of each, in the order given.
+
+    orders: of balance_heads, which are handed on with the records.
+    """
     sizes = SizeEmitter(gm.graph)
     rewritten = [_SiteRewriter(gm.graph, site, policy, sizes).rewrite() for site in sites]
+    rewritten = [replace(record, head_order=(orders or {}).get(record.site.index)) for record in rewritten]
     gm.graph.lint()
     gm.recompile()
     return rewritten

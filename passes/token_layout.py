@@ -22,7 +22,7 @@ from torch import fx
 
 from svg2_compile.passes.graph.nodes import operator_name
 from svg2_compile.passes.layout.axes import MIXED, UNKNOWN, Axes, Axis, Factor, Inside, Segment, collapse, make_axis
-from svg2_compile.passes.layout.interpreter import interpret
+from svg2_compile.passes.layout.interpreter import Interpretation, interpret
 from svg2_compile.passes.layout.latent import find_latent
 from svg2_compile.passes.layout.lengths import exact_quotient
 from svg2_compile.passes.layout.mode import AttentionAxes
@@ -101,7 +101,11 @@ def analyse_token_layout(
     there is one. `concrete`: at the sizes that were traced, which holds for no other (see specialise.py). Raises
     ValueError where a placeholder has no metadata.
     """
-    found = interpret(gm, parameters, concrete)
+    return layouts_of(gm, interpret(gm, parameters, concrete))
+
+
+def layouts_of(gm: fx.GraphModule, found: Interpretation) -> TokenLayouts:
+    """What an interpretation of `gm` tells, once it is known which input is the video."""
     latent = find_latent(gm, found)
     settled: dict[Axis, Axis] = {}
 

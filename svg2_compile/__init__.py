@@ -3,6 +3,7 @@
     torch.compile(model, backend="svg2")        one line, any model
     svg2_compile.enable(pipe)                   a whole diffusers pipeline, steps told by its scheduler
     svg2_compile.denoising(step=7, ...)         says where the calls of a loop of your own stand
+    svg2_compile.attention(query, key, ...)     one attention, for models that are not compiled
     svg2_compile.explain(model, **inputs)       what would become sparse, and why not the rest
     svg2_compile.compare_with_dense(pipe, ...)  what it costs in quality and gains in time, as a page
     svg2_compile.transform(exported_program)    the same rewrite of a torch.export program; save, load, package it
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svg2_compile.api import disable, enable, report, reset
     from svg2_compile.compare.paired import compare_with_dense
+    from svg2_compile.eager import AttentionState, attention
     from svg2_compile.explanation import explain
     from svg2_compile.export.aoti import package
     from svg2_compile.export.errors import ExportError, FileDamaged
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from svg2_compile.settings.config import ConfigError, Svg2Config
 
 __all__ = [
+    "AttentionState",
     "ConfigError",
     "Enabled",
     "ExportError",
@@ -38,6 +41,7 @@ __all__ = [
     "Report",
     "Svg2Config",
     "TransformedProgram",
+    "attention",
     "compare_with_dense",
     "denoising",
     "disable",
@@ -52,6 +56,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AttentionState": "svg2_compile.eager",
     "ConfigError": "svg2_compile.settings.config",
     "Enabled": "svg2_compile.hosts.in_place",
     "ExportError": "svg2_compile.export.errors",
@@ -59,6 +64,7 @@ _HOME = {
     "Report": "svg2_compile.reporting.report",
     "Svg2Config": "svg2_compile.settings.config",
     "TransformedProgram": "svg2_compile.export.transformed",
+    "attention": "svg2_compile.eager",
     "compare_with_dense": "svg2_compile.compare.paired",
     "denoising": "svg2_compile.runtime.standing",
     "disable": "svg2_compile.api",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from svg2_compile.backend import Svg2Backend
-from svg2_compile.hosts.diffusers import repeated_blocks, transformers_of
+from svg2_compile.hosts.diffusers import expected_layers, repeated_blocks, transformers_of
 from svg2_compile.hosts.in_place import Enabled, compile_in_place, compile_parts, enabled_of, register
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.session import Session, report_of, sessions
@@ -57,7 +57,7 @@ def enable(
     programs = _programs(program, modules, options, regional)
     config = next(iter(programs.values())).config if programs else Svg2Config.from_options(options)
     disable(pipe_or_module)
-    session = Session(config, _scheduler_of(pipe_or_module, scheduler), _expected_layers)
+    session = Session(config, _scheduler_of(pipe_or_module, scheduler), expected_layers)
     enabled = Enabled(pipe_or_module, session)
     enabled._undo.append(session.step_count.stop)
     session.follow_scheduler()
@@ -90,14 +90,6 @@ def _scheduler_of(target: Any, scheduler: Any) -> Callable[[], Any] | None:
         return None
     reference = weakref.ref(target)
     return lambda: getattr(reference(), "scheduler", None)
-
-
-def _expected_layers(module: nn.Module) -> int | None:
-    """How many layers a model has, as far as its modules tell."""
-    try:
-        return len(repeated_blocks(module))
-    except ValueError:
-        return None
 
 
 def _programs(

@@ -13,10 +13,11 @@ from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.codegen.inner_backend import compile_inner
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.graph.builder import copy_graph_module
+from svg2_compile.passes.graph.collectives import rank_groups
 from svg2_compile.passes.graph.values import graph_device, input_values, metadata_key
-from svg2_compile.pipeline import PIPELINE, Compilation, run_passes
+from svg2_compile.pipeline import PIPELINE, SAID, Compilation, run_passes
 from svg2_compile.reporting.describe import describe
-from svg2_compile.reporting.records import SiteReport
+from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.runtime.program import DenoisingProgram
 from svg2_compile.runtime.session import Session, sessions
 from svg2_compile.runtime.time_reader import TimeReader
@@ -84,17 +85,26 @@ class Svg2Backend:
         session: shared by all graphs compiled with this backend.
         regional: whether the graphs are known to be single layers (True), or to be told apart (None): also what is
             enabled as a whole may fall into pieces, by graph breaks or the hooks of others.
+        video_parts: where the video is, or why nobody can tell, for graphs of one attention whose caller says it; None
+            finds it.
     """
 
-    def __init__(self, config: Svg2Config, session: Session, regional: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: Svg2Config,
+        session: Session,
+        regional: bool | None = None,
+        video_parts: Any = None,
+    ) -> None:
         self.config = config
+        self.video_parts = video_parts
         self.session = session
         self.regional = regional
         self.graphs = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
-        name = f"graph_{next(_graph_numbers)}"
+        name = f"{'graph' if self.video_parts is None else 'attention'}_{next(_graph_numbers)}"
         dense = CompiledGraph(gm, input_values(gm), self._compile_inner)
         if _is_training(example_inputs):
             self.session.once.warning(
@@ -105,7 +115,7 @@ class Svg2Backend:
             return dense.compile(example_inputs)
         compilation = self._analyse_and_rewrite(gm, name)
         if compilation is None:
-            return dense.compile(example_inputs)
+            return self._without_sparse(name, dense, example_inputs)
         sparse = None
         if compilation.spec is not None:
             sparse = CompiledGraph(compilation.gm, input_values(compilation.gm), self._compile_inner)
@@ -118,8 +128,24 @@ class Svg2Backend:
             if self.config.strict or sparse is None:
                 raise
             self._say_what_failed(name, "compiling the sparse graph", error)
-            return dense.compile(example_inputs)
+            return self._without_sparse(name, dense, example_inputs)
         return program
+
+    def _without_sparse(self, name: str, dense: CompiledGraph, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The dense graph. Where other ranks run it as well, they are told that it has no sparse form here."""
+        run = dense.compile(example_inputs)
+        if not any(group.size > 1 for group in rank_groups(dense.gm)):
+            return run
+        return DenoisingProgram(
+            name=name,
+            session=self.session,
+            dense=dense,
+            sparse=None,
+            spec=None,
+            time_reader=TimeReader("none", ()),
+            sites=(),
+            graph_report=GraphReport(name, bool(self.regional), "none", {}),
+        )
 
     def _analyse_and_rewrite(self, gm: fx.GraphModule, name: str) -> Compilation | None:
         """Run the pipeline on a copy. None, and a warning, if a pass fails: then the graph stays dense."""
@@ -128,9 +154,10 @@ class Svg2Backend:
             *(copied, self.config, graph_device(gm), self.regional),
             name=name,
             first_dense=self.session.dense_layers().of_graph,
+            video_parts=() if self.video_parts is None else self.video_parts,
         )
         try:
-            return run_passes(compilation, PIPELINE)
+            return run_passes(compilation, PIPELINE if self.video_parts is None else SAID)
         except Exception as error:
             if self.config.strict:
                 raise

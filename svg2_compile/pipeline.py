@@ -16,9 +16,10 @@ from svg2_compile.logs.dumps import dump_graph
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.find import find_attention
+from svg2_compile.passes.balance_heads import balance_heads
 from svg2_compile.passes.canonical import canonical_sites, erase_unused
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
-from svg2_compile.passes.decide_sites import decide_sites
+from svg2_compile.passes.decide_sites import Parts, decide_call, decide_sites
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.inline_subgraphs import inline_subgraphs
 from svg2_compile.passes.sites import Site, Skip
@@ -31,6 +32,7 @@ from svg2_compile.passes.specialise import (
     specialise,
     with_numbers,
 )
+from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.time_inputs import TimeInput, modulation_inputs
 from svg2_compile.passes.token_layout import TokenLayouts, analyse_token_layout
 from svg2_compile.passes.worth import Worth
@@ -39,7 +41,7 @@ from svg2_compile.settings.config import Svg2Config
 
 log = get_logger()
 
-__all__ = ["ANALYSES", "PIPELINE", "REWRITES", "Compilation", "Pass", "run_passes"]
+__all__ = ["ANALYSES", "PIPELINE", "REWRITES", "SAID", "Compilation", "Pass", "run_passes"]
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Compilation:
 
     gm is rewritten in place; hand in a copy. regional: True if the graph is known to be one layer among many, False
     if it is known to be a whole model, None to decide by whether the timestep enters the graph. name: for messages and
-    the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata. profile:
+    the folder of dumps. parameters: the placeholders that are weights, None to tell them by their metadata.
+    video_parts: where the video is in the only attention, for passes that are told (SAID). profile:
     of the device that speed is estimated for, None for ``device``. first_dense: as of decide_sites. specialised: the
     decisions hold for the traced sizes only.
     """
@@ -61,6 +64,7 @@ class Compilation:
     first_dense: Callable[[Sequence[str]], int] | None = None
     name: str = "graph"
     parameters: frozenset[str] | None = None
+    video_parts: Parts | StaysDense = ()
     layouts: TokenLayouts | None = None
     time_inputs: tuple[TimeInput, ...] = ()
     calls: list[AttentionCall] = field(default_factory=list)
@@ -139,6 +143,13 @@ def _decide_sites(c: Compilation) -> None:
         c.decisions = [_of_unknown_sign(decision) for decision in c.decisions]
 
 
+def _decide_said(c: Compilation) -> None:
+    """Somebody says where the video is, so that no layout is followed."""
+    policy = c.config.site_policy()
+    decisions = [decide_call(call, c.video_parts, policy, c.device, c.profile) for call in c.calls]
+    c.decisions = [replace(d, index=i) if isinstance(d, Site) else d for i, d in enumerate(decisions)]
+
+
 def _decide_by_numbers(c: Compilation, negative: bool) -> None:
     """Decide anew at the sizes that were traced; keep that where more becomes sparse by it."""
     numbers = sizes_of(c.gm)
@@ -195,8 +206,9 @@ def _guard_sizes(c: Compilation) -> None:
 
 def _sparsify(c: Compilation) -> None:
     _guard_sizes(c)
+    orders = balance_heads(c.gm, c.sites) if c.config.balance_heads else {}
     sites = canonical_sites(c.gm, c.sites)
-    c.sparse_sites = sparsify(c.gm, sites, c.config.sparsity_policy())
+    c.sparse_sites = sparsify(c.gm, sites, c.config.sparsity_policy(), orders)
     erase_unused(c.gm, sites)
 
 
@@ -219,6 +231,8 @@ REWRITES = (
     Pass("hoist_centroids", _hoist_centroids, rewrites=True),
 )
 PIPELINE = ANALYSES + REWRITES
+SAID = (Pass("find_attention", _find_attention), Pass("decide_sites", _decide_said), *REWRITES)
+"""For a graph of one attention whose caller says where the video is (``Compilation.video_parts``)."""
 
 
 def run_passes(compilation: Compilation, passes: tuple[Pass, ...] = PIPELINE) -> Compilation:

@@ -35,7 +35,12 @@ def _fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_tuning_of_this_machine(tmp_path_factory):
-    """Tests run with default tile sizes, whatever was tuned here."""
-    os.environ["SVG2_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    """Tests run with default tile sizes, whatever was tuned here; native code that is compiled already stays so."""
+    from svg2_compile.kernels.cpu.native.build import cache_dir
+
+    compiled, folder = cache_dir(), tmp_path_factory.mktemp("cache")
+    compiled.mkdir(parents=True, exist_ok=True)
+    (folder / "native").symlink_to(compiled, target_is_directory=True)
+    os.environ["SVG2_CACHE_DIR"] = str(folder)
     yield
     del os.environ["SVG2_CACHE_DIR"]

@@ -16,7 +16,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 350
-PACKAGES = {"kernels": "svg2_compile.kernels", "passes": "svg2_compile.passes", "svg2_compile": "svg2_compile"}
+PACKAGES = {
+    "kernels": "svg2_compile.kernels",
+    "passes": "svg2_compile.passes",
+    "svg2_compile": "svg2_compile",
+    "integrations": "svg2_compile.integrations",
+}
 
 # The map of the house: every room, and the rooms that its files may import, also inside functions. From the ground up.
 ROOMS = {
@@ -24,6 +29,7 @@ ROOMS = {
     "kernels.tuning": "",
     "kernels.reference": "",
     "kernels.cpu": "kernels kernels.tuning",
+    "kernels.cpu.native": "kernels.cpu",
     "kernels.triton": "kernels kernels.tuning",
     "kernels.autotune": "kernels kernels.triton kernels.tuning",
     "passes.graph": "",
@@ -34,19 +40,25 @@ ROOMS = {
     "settings": "passes",
     "codegen": "logs passes.graph",
     "reporting": "settings passes kernels.triton",
-    "runtime": "codegen logs passes reporting settings",
+    "runtime": "codegen logs passes passes.graph reporting settings",
     "pipeline": "logs passes passes.attention reporting settings",
     "backend": "codegen logs passes.graph pipeline reporting runtime settings",
     "hosts": "backend logs passes.graph reporting runtime",
+    "eager": "backend passes reporting runtime settings",
     "explanation": "hosts passes passes.graph pipeline reporting settings",
     "export": "codegen hosts logs passes passes.attention passes.graph kernels pipeline reporting runtime settings",
     "api": "backend export hosts reporting runtime settings",
     "minidit": "",
     "compare": "api minidit kernels reporting runtime settings",
-    "tools": "codegen compare explanation export kernels kernels.autotune kernels.tuning logs minidit passes pipeline "
-    "reporting settings",
+    "tools": "codegen compare explanation export kernels kernels.autotune kernels.cpu.native kernels.tuning logs "
+    "minidit passes pipeline reporting settings",
     "cli": "compare export settings tools",
-    "__init__": "api compare explanation export hosts reporting runtime settings",
+    # Plug-ins of hosts: nothing above imports them.
+    "integrations": "",
+    "integrations.comfyui": "__init__ hosts settings",
+    "integrations.diffusers": "eager hosts logs passes runtime",
+    "integrations.vllm_omni": "eager logs passes reporting runtime settings",
+    "__init__": "api compare eager explanation export hosts reporting runtime settings",
 }
 
 
@@ -138,12 +150,13 @@ def _modules(folder: str) -> list[str]:
     return sorted(names)
 
 
-@pytest.mark.parametrize("folder", ["kernels", "passes", "svg2_compile"])
+@pytest.mark.parametrize("folder", list(PACKAGES))
 def test_imports_in_a_fresh_process_without_triton_and_diffusers(folder: str) -> None:
     """A name set to None in sys.modules raises ImportError, as on a machine without the package."""
     program = (
         "import sys, importlib\n"
-        "for name in ('triton', 'diffusers', 'transformers', 'matplotlib', 'PIL'): sys.modules[name] = None\n"
+        "missing = ('triton', 'diffusers', 'transformers', 'matplotlib', 'PIL', 'vllm_omni', 'comfy')\n"
+        "for name in missing: sys.modules[name] = None\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
     )
     done = subprocess.run(

@@ -3,6 +3,8 @@
     python -m bench.quality.campaign rows.jsonl            sample what is missing in the file, most telling first
     python -m bench.quality.campaign rows.jsonl --write    bench/results/quality_first_order.json from the lines there
 
+Points of which the result file has more prompts than the lines keep what it says.
+
 Paired as in ``bench.quality.video``: same noise, same dense kernel, same inner backend. The dense videos lie beside the
 file. Stop it whenever you like; it goes on where it was.
 """
@@ -23,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.common import write_results
+from bench.common import RESULTS, write_results
 from bench.minidit.sample import PROMPTS
 from bench.quality.methods import GLOBAL_SLOPE, METHODS, PARTS
-from bench.quality.results import FIRST_ORDER
+from bench.quality.results import FIRST_ORDER, read_results
 from bench.quality.video import Setting, gate, sample, sample_sparse
 from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
 from svg2_compile.minidit.model import VideoSize, load_model
@@ -45,7 +47,7 @@ class Sample:
     """One sparse video: method, density, prompt's number, how many steps, and which layers and steps are dense."""
 
     method: str
-    density: float
+    density: float | str  # or a schedule
     prompt: int
     steps: int = STEPS
     dense_layers: float = 0.03
@@ -64,7 +66,7 @@ class Sample:
 def planned(prompts: Sequence[int]) -> Iterator[Sample]:
     """All samples, in an order in which every prefix already says something."""
 
-    def of(points: Sequence[tuple[str, float]], **setting: Any) -> Iterator[Sample]:
+    def of(points: Sequence[tuple[str, float | str]], **setting: Any) -> Iterator[Sample]:
         for prompt in prompts:
             for method, density in points:
                 yield Sample(method, density, prompt, **setting)
@@ -76,6 +78,7 @@ def planned(prompts: Sequence[int]) -> Iterator[Sample]:
         yield from of([(FIRST, 0.10), (BEFORE, 0.25)], steps=steps)
     yield from of([(FIRST, 0.10)], dense_layers=0.0)
     yield from of([(FIRST, 0.10)], dense_last_steps=1)
+    yield from of([(FIRST, "0.15..0.05"), (FIRST, "0.05..0.15")])
     yield from of([(method.name, 0.10) for method in PARTS])
     yield from of([(method, 0.25) for method in OTHERS])
     yield from of([(BEFORE, 0.15), (BEFORE, 0.05)])
@@ -92,7 +95,8 @@ def measure(model: nn.Module, item: Sample, dense: Tensor) -> dict[str, Any]:
     """Sample one video and compare it with the dense one."""
     began = time.perf_counter()
     job = (PROMPTS[item.prompt], FIRST_SEED + item.prompt)
-    (done,) = sample_sparse(model, [job], item.setting, ALL[item.method], {"density": item.density})
+    selection: dict[str, Any] = {"density": item.density}
+    (done,) = sample_sparse(model, [job], item.setting, ALL[item.method], selection)
     return {
         "method": item.method,
         "requested_density": item.density,
@@ -152,8 +156,18 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             values = [float(row[what]) for row in found]
             result[f"{what}_mean"] = round(statistics.fmean(values), digits)
             result[f"{what}_std"] = round(statistics.stdev(values), digits) if len(values) > 1 else 0.0
-        results.append(result | {"psnr_per_prompt": [row["psnr"] for row in found]})
+        results.append(result | {f"{what}_per_prompt": [row[what] for row in found] for what in ("psnr", "flicker")})
     return results
+
+
+def merged(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of two summaries, each from the one that has more prompts of it."""
+    points = {tuple(row[key] for key in POINT): row for row in ({"dense_last_steps": 0, **row} for row in old)}
+    for row in new:
+        before = points.get(tuple(row[key] for key in POINT))
+        if before is None or len(before["prompts"]) <= len(row["prompts"]):
+            points[tuple(row[key] for key in POINT)] = row
+    return list(points.values())
 
 
 def main() -> None:
@@ -170,7 +184,8 @@ def main() -> None:
     error = gate(jobs, Setting(VideoSize(8, 32, 32), STEPS, GUIDANCE), ALL[FIRST])
     size = {"frames": SIZE.frames, "height": SIZE.height, "width": SIZE.width, "tokens": SIZE.tokens}
     described = {**size, "guidance": GUIDANCE, "dense_steps": 0.2, "jobs": jobs, "gate_error": error}
-    print(write_results(FIRST_ORDER, summary(read_rows(arguments.rows)), **described))
+    before = read_results(RESULTS, FIRST_ORDER) or {"results": []}
+    print(write_results(FIRST_ORDER, merged(summary(read_rows(arguments.rows)), before["results"]), **described))
 
 
 if __name__ == "__main__":

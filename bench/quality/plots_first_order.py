@@ -31,6 +31,8 @@ def plot_first_order(document: Mapping[str, Any], folder: Path = IMAGES) -> Path
             row
             for row in document["results"]
             if (row["method"], row["steps"], row["dense_layers"]) == (method, STEPS, DENSE_LAYERS)
+            and not row["dense_last_steps"]
+            and isinstance(row["requested_density"], float)
         ]
         if not rows:
             continue  # not measured yet

@@ -14,6 +14,7 @@ __all__ = [
     "GUARD",
     "LONG",
     "SPEED",
+    "STAGES",
     "VIDEO",
     "read_results",
 ]
@@ -29,6 +30,10 @@ LONG = "quality_video_long"
 """``bench.quality.video`` of a video that is long enough to gain."""
 SPEED = "quality_video_speed"
 """``bench.quality.speed`` at the points of that."""
+
+
+STAGES = "stages"
+"""``bench.stages``."""
 
 
 def read_results(folder: Path, name: str) -> dict[str, Any] | None:

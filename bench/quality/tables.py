@@ -21,11 +21,15 @@ from bench.quality.results import (
     FIRST_ORDER,
     FIRST_ORDER_LAYERS,
     FIRST_ORDER_SIZES,
+    GUARD,
     SPEED,
+    STAGES,
     VIDEO,
     read_results,
 )
 from bench.quality.tables_first_order import layers_table, parts_table, psnr_table, schedules_table, sizes_table
+from bench.quality.tables_guard import guard_table
+from bench.quality.tables_stages import stages_table
 
 __all__ = [
     "attention_tables",
@@ -166,6 +170,8 @@ TABLES: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     FIRST_ORDER: {"psnr": psnr_table, "parts": parts_table, "schedules": schedules_table},
     FIRST_ORDER_LAYERS: {"layers": layers_table},
     FIRST_ORDER_SIZES: {"sizes": sizes_table},
+    GUARD: {"guard": guard_table},
+    STAGES: {"stages": stages_table},
 }
 """The tables made from each result file, by their mark on the page."""
 

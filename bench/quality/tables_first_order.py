@@ -21,11 +21,21 @@ SHOWN = {
 }
 PARTS = ("P", "A + B", "A + B + J", "P + A", "P + A + B", "P + J")
 STEPS, DENSE_LAYERS = 20, 0.03
+SCHEDULES = (
+    ("20 steps", {"steps": 20}),
+    ("20 steps, no dense layer", {"steps": 20, "dense_layers": 0.0}),
+    ("20 steps, the last one dense", {"steps": 20, "dense_last_steps": 1}),
+    ("20 steps, density 0.15..0.05", {"steps": 20, "requested_density": "0.15..0.05"}),
+    ("20 steps, density 0.05..0.15", {"steps": 20, "requested_density": "0.05..0.15"}),
+    ("8 steps", {"steps": 8}),
+    ("4 steps", {"steps": 4}),
+)
 BASE = "centroid, row"
 
 
 def _found(document: Mapping[str, Any], **wanted: Any) -> Mapping[str, Any] | None:
     """The row of the results with these values; None if it was not measured."""
+    wanted = {"dense_last_steps": 0, **wanted}
     rows = (row for row in document["results"] if all(row[key] == value for key, value in wanted.items()))
     return next(rows, None)
 
@@ -39,7 +49,7 @@ def _psnr(row: Mapping[str, Any] | None) -> str:
 
 def psnr_table(document: Mapping[str, Any]) -> str:
     """PSNR by method and density, and every prompt of the default beside the one before."""
-    densities = sorted({row["requested_density"] for row in document["results"]})
+    densities = sorted({d for d in (row["requested_density"] for row in document["results"]) if isinstance(d, float)})
     point = {"steps": STEPS, "dense_layers": DENSE_LAYERS}
     rows = [
         [label, *(_psnr(_found(document, method=method, requested_density=d, **point)) for d in densities)]
@@ -80,16 +90,24 @@ def parts_table(document: Mapping[str, Any]) -> str:
 
 
 def schedules_table(document: Mapping[str, Any]) -> str:
-    """Short schedules, and no dense layer."""
+    """Short schedules, other dense steps and layers, and densities that change, over the prompts that each has."""
+    usual = {"dense_layers": DENSE_LAYERS, "requested_density": 0.10}
     rows = []
-    for steps, dense_layers in ((20, DENSE_LAYERS), (20, 0.0), (8, DENSE_LAYERS), (4, DENSE_LAYERS)):
-        point = {"steps": steps, "dense_layers": dense_layers}
-        now = _found(document, method=FIRST, requested_density=0.10, **point)
-        before = _found(document, method=BEFORE, requested_density=0.25, **point)
+    for label, point in SCHEDULES:
+        now = _found(document, method=FIRST, **{**usual, **point})
+        before = _found(document, method=BEFORE, **{**usual, **point, "requested_density": 0.25})
         flicker = "not measured" if now is None else f"{now['flicker_mean']:.4f}"
-        rows.append([f"{steps} steps", f"{dense_layers:.0%}", _psnr(now), flicker, _psnr(before)])
-    header = ["schedule", "dense layers", "the default at 10 %", "its flicker", "the default before at 25 %"]
+        plain = "-" if "requested_density" in point else _psnr(before)
+        rows.append([label, _prompt(now, 0), _psnr(now), flicker, plain])
+    header = ["schedule", "prompt 0", "the default at 10 %", "its flicker", "the default before at 25 %"]
     return markdown(header, rows)
+
+
+def _prompt(row: Mapping[str, Any] | None, prompt: int) -> str:
+    """PSNR of one prompt, so that rows with different prompts can be compared."""
+    if row is None or prompt not in row["prompts"]:
+        return "not measured"
+    return f"{dict(zip(row['prompts'], row['psnr_per_prompt'], strict=True))[prompt]:.1f}"
 
 
 def layers_table(document: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from svg2_compile.kernels.autotune.space import CPU_KERNELS, GPU_KERNELS, candidates
 from svg2_compile.kernels.autotune.workloads import HEAD_KERNEL, Workload
+from svg2_compile.kernels.dispatch import use_implementation
 from svg2_compile.kernels.tuning.defaults import capability_of, default_config
 from svg2_compile.kernels.tuning.lookup import device_name, forget_tables, override
 from svg2_compile.kernels.tuning.tables import Measurement, Table, cache_dir, engine_of, load_table, merge
@@ -89,7 +91,9 @@ def tune(
     for index, workload in enumerate(workloads):
         left = max(deadline - time.monotonic(), 0.0)
         share = left / (len(workloads) - index)
-        outcomes.append(_search(workload, device, share, folder, tell))
+        # Native code has no chunk sizes: those of the CPU are of the ATen calls.
+        with use_implementation("cpu") if workload.kernel in CPU_KERNELS else nullcontext():
+            outcomes.append(_search(workload, device, share, folder, tell))
     forget_tables()
     return outcomes
 

@@ -79,8 +79,8 @@ def attend_to_blocks(
     query, key, value = tokens
     batch, q_heads, num_queries, _ = query.shape
     kv_heads = key.shape[1]
-    _check_offset_contents("q_offsets", q_offsets, num_queries)
-    _check_offset_contents("k_offsets", k_offsets, key.shape[2])
+    check_offset_contents("q_offsets", q_offsets, num_queries)
+    check_offset_contents("k_offsets", k_offsets, key.shape[2])
     rows = query.reshape(-1, query.shape[3])
     # One row more than there are queries: there the padding goes.
     out = query.new_zeros(rows.shape[0] + 1, value.shape[3], dtype=out_dtype)
@@ -107,7 +107,7 @@ def block_density(q_offsets: Tensor, k_offsets: Tensor, block_map: Tensor) -> Te
     return ((q_sizes * keys_per_row).sum(dim=-1) / all_pairs.clamp(min=1)).to(torch.float32)
 
 
-def _check_offset_contents(name: str, offsets: Tensor, num_tokens: int) -> None:
+def check_offset_contents(name: str, offsets: Tensor, num_tokens: int) -> None:
     """Offsets index memory below: a wrong one must be an error here, not a crash there."""
     if offsets.numel() == 0:
         return

@@ -93,12 +93,8 @@ def cluster_order(
     labels: Tensor, num_clusters: int, start: int, num_tokens: int, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Stable counting sort of tokens by block; see ``ops.cluster_order``."""
+    check_labels(labels, num_clusters)
     batch, heads, video_tokens = labels.shape
-    if labels.numel() > 0 and (int(labels.min()) < 0 or int(labels.max()) >= num_clusters):
-        raise ValueError(
-            f"svg2::cluster_order: labels lie in [{int(labels.min())}, {int(labels.max())}]; "
-            f"valid: [0, {num_clusters}) for num_clusters = {num_clusters}"
-        )
     blocks = labels.new_full((batch, heads, num_tokens), num_clusters)
     blocks[..., start : start + video_tokens] = labels
     if valid is not None:
@@ -110,6 +106,15 @@ def cluster_order(
     offsets = torch.zeros(batch, heads, num_blocks + 1, dtype=torch.int32)
     torch.cumsum(sizes.view(batch, heads, num_blocks), dim=-1, dtype=torch.int32, out=offsets[..., 1:])
     return order, offsets
+
+
+def check_labels(labels: Tensor, num_clusters: int) -> None:
+    """Labels index memory: a wrong one must be an error here, not a crash there."""
+    if labels.numel() > 0 and (int(labels.min()) < 0 or int(labels.max()) >= num_clusters):
+        raise ValueError(
+            f"svg2::cluster_order: labels lie in [{int(labels.min())}, {int(labels.max())}]; "
+            f"valid: [0, {num_clusters}) for num_clusters = {num_clusters}"
+        )
 
 
 def permute_tokens(x: Tensor, order: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttentio
 from svg2_compile.passes.attention.decomposed import read_decomposed
 from svg2_compile.passes.attention.flex import read_flex_attention
 from svg2_compile.passes.attention.foreign import read_foreign_attention
+from svg2_compile.passes.graph.collectives import rank_groups
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path, operator_name
 from svg2_compile.passes.graph.values import node_value
 
@@ -57,7 +58,20 @@ def find_attention(
             calls.append(found)
         elif isinstance(found, UnreadableAttention):
             unreadable.append(found)
+    if any(found.reason == "aux_outputs" for found in unreadable) and rank_groups(gm):
+        unreadable = [_of_a_ring(found) for found in unreadable]
     return _with_unique_names(calls), unreadable
+
+
+def _of_a_ring(found: UnreadableAttention) -> UnreadableAttention:
+    """Among ranks, a log-sum-exp is used to join what each of them has attended to."""
+    if found.reason != "aux_outputs":
+        return found
+    detail = (
+        "a part of the keys at a time, joined by the log-sum-exp (ring attention): clusters need all keys. "
+        "ContextParallelConfig(ulysses_degree=...) brings them together"
+    )
+    return replace(found, reason="local_keys", detail=detail)
 
 
 def _read_fused(node: fx.Node) -> AttentionCall | UnreadableAttention | None:
@@ -131,7 +145,11 @@ def _read_packed(node: fx.Node) -> AttentionCall | UnreadableAttention | None:
 
 
 def _is_aten(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+    """Whether a node calls an operator of ATen, one overload of it (ATen graphs) or all (torch-level graphs)."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.startswith("aten::")
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
 
 
 def _is_foreign(node: fx.Node, name: str) -> bool:

@@ -38,8 +38,11 @@ def bind_arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
 
     Operators of a library bring their schema; ``names`` are the positional names of everything else.
     """
-    if isinstance(node.target, torch._ops.OpOverload):
-        names = tuple(argument.name for argument in node.target._schema.arguments)
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
+        target = getattr(target, target.overloads()[0])
+    if isinstance(target, torch._ops.OpOverload):
+        names = tuple(argument.name for argument in target._schema.arguments)
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
@@ -115,6 +118,8 @@ def is_projected(node: fx.Node) -> bool:
 
 # How Dynamo gets at a module whose forward other libraries have wrapped: through their hooks, not through the model.
 _HOOK_PARTS = frozenset({"forward", "fn_ref", "original_forward", "_old_forward", "__wrapped__", "_orig_mod"})
+# A hook of diffusers' that is one with the function it stands in for.
+_CLOSURE = re.compile(r"\.func\.__closure__\.\d+\.cell_contents")
 _INDEX = re.compile(r"\[['\"]?(\w+)['\"]?\]")
 
 
@@ -128,6 +133,6 @@ def module_path(node: fx.Node) -> str:
     # Dynamo writes how it got at the module: L['self'].__dict__['_modules']['blocks'].0.attn1, L['fn'].__self__ ...
     path = re.sub(r"^L\[['\"]\w+['\"]\]", "", path)
     path = path.replace("__self__", "").replace("__dict__['_modules']", "").replace("_modules", "")
-    path = _INDEX.sub(r".\1", path)
+    path = _CLOSURE.sub("", _INDEX.sub(r".\1", path))
     parts = [part for part in path.split(".") if part and part not in _HOOK_PARTS]
     return ".".join(parts) or node.name

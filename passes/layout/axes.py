@@ -69,6 +69,8 @@ Axes = tuple[Axis, ...]
 MIXED = "<mixed>"
 """The source that marks a segment of positions from several segments in unknown order. No input has this name."""
 NO_SOURCES: frozenset[str] = frozenset()
+MOST_SEGMENTS = 256
+"""So many runs an axis may have. Text between the shards of a video on 64 ranks makes 128."""
 
 
 class Inside(str):
@@ -173,18 +175,35 @@ def has_boundary(axis: Axis) -> bool:
 
 
 def collapse(axis: Axis) -> Factor | None:
-    """The axis as one concatenation; None if unknown. A boundary inside an inner factor makes it one mixed segment."""
+    """The axis as one concatenation; None if unknown.
+
+    A boundary inside an inner factor stands in every position of the outer ones: [2 x (text: 4 | video: 16)] is
+    [text: 4 | video: 16 | text: 4 | video: 16]. Where these are too many or not a known number, or the outer ones have
+    sources of their own (a batch), it is one mixed segment.
+    """
     if axis.factors is None:
         return None
-    if len(axis.factors) == 1:
-        return axis.factors[0]
-    if axis.factors and not any(len(factor) > 1 for factor in axis.factors[1:]):
-        inner = NO_SOURCES.union(*(segment.sources for factor in axis.factors[1:] for segment in factor))
-        length = sympy.Mul(*(factor_length(factor) for factor in axis.factors[1:]))
-        return _join_segments(Segment(s.sources | inner, sympy.expand(s.length * length)) for s in axis.factors[0])
-    length = axis.length
-    assert length is not None  # the axis is known
-    return (Segment(blended_sources(axis) or NO_SOURCES, length),)
+    *outer, result = axis.factors or ((Segment(NO_SOURCES, sympy.Integer(1)),),)
+    for factor in reversed(outer):
+        joined = _product(factor, result)
+        if joined is None:
+            length = axis.length
+            assert length is not None  # the axis is known
+            return (Segment(blended_sources(axis) or NO_SOURCES, length),)
+        result = joined
+    return result
+
+
+def _product(outer: Factor, inner: Factor) -> Factor | None:
+    """Two factors as one; None where its segments cannot be listed."""
+    if len(inner) == 1:
+        added, length = inner[0].sources, inner[0].length
+        return _join_segments(Segment(s.sources | added, sympy.expand(s.length * length)) for s in outer)
+    count = factor_length(outer)
+    adds_sources = any(not run.sources <= part.sources for run in outer for part in inner)
+    if adds_sources or not count.is_Integer or count * len(inner) > MOST_SEGMENTS:
+        return None
+    return _join_segments(inner * int(count))
 
 
 def resample(axis: Axis, length: int | torch.SymInt | sympy.Expr) -> Axis:

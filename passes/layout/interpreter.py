@@ -24,12 +24,14 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from svg2_compile.passes.graph.collectives import rank_groups, sharding_nodes
 from svg2_compile.passes.graph.foreign_attention import ForeignAttention, read_foreign
 from svg2_compile.passes.graph.values import copy_number, fake_mode_of, is_parameter, node_value
 from svg2_compile.passes.layout.axes import Axes, single
 from svg2_compile.passes.layout.in_place import last_writes
 from svg2_compile.passes.layout.mode import AttentionAxes, LayoutMode, SharedValueWritten
-from svg2_compile.passes.layout.op_call import constant_axes, sizes_of, unknown_axes
+from svg2_compile.passes.layout.op_call import constant_axes, fit, sizes_of, unknown_axes
+from svg2_compile.passes.layout.rules.collective import resharded, sharded
 from svg2_compile.passes.layout.shared_values import SharedValues
 from svg2_compile.passes.layout.stand_ins import StandIns
 
@@ -90,6 +92,7 @@ class _Interpreter:
         self._written_by: dict[fx.Node, list[fx.Node]] = {}
         for value, writer in self._last_write.items():
             self._written_by.setdefault(writer, []).append(value)
+        self._shards = sharding_nodes(gm, rank_groups(gm))
         self._results: dict[Any, Any] = {}
         self._autocasts: list[tuple[Any, Any]] = []
         self._found = Interpretation(unruled_ops=self._mode.unruled_ops)
@@ -156,6 +159,8 @@ class _Interpreter:
         foreign = read_foreign(node)
         if foreign is not None:
             return self._foreign_attention(node, foreign)
+        if name in ("from_local", "redistribute", "to_local") and isinstance(args[0], torch.Tensor):
+            return self._made.fresh(value, resharded(self._mode.axes_of(args[0]), args[0], value), node)
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._call_subgraph(node, name, args, owner)
         return self._compute(node, args, kwargs)
@@ -244,6 +249,8 @@ class _Interpreter:
         except Exception as error:  # noqa: BLE001  (whatever fails on fake tensors must not break a compile)
             log.debug("node %s failed in the token-layout analysis: %s", node.name, error)
             return self._from_metadata(node, f"{node.target} ({type(error).__name__})")
+        if node in self._shards:
+            self._take_shard(args, kwargs, result, self._shards[node])
         if self._mode.data_dependent:
             known = self._made.with_symbols_of_graph(node, result)
             return self._from_metadata(node, f"{node.target} (metadata)") if known is None else known
@@ -254,11 +261,20 @@ class _Interpreter:
             self._results[key] = result
         return result
 
+    def _take_shard(self, args: tuple[Any, ...], kwargs: dict[str, Any], parts: Any, ranks: int) -> None:
+        """Parts of a tensor for all ranks: which of them a rank has tells nothing about those of others."""
+        whole = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+        axes, sizes = self._mode.axes_of(whole), sizes_of(whole)
+        for part in parts:
+            pairs = zip(axes, sizes, sizes_of(part), strict=True)
+            own = tuple(axis if size == new else sharded(axis, size, ranks) for axis, size, new in pairs)
+            self._mode.declare(part, tuple(fit(axis, size) for axis, size in zip(own, sizes_of(part), strict=True)))
+
     def _key(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._values is None or node in self._last_write:
             return None
         autocasts = tuple(arguments for _, arguments in self._autocasts)
-        return self._values.key(node.op, node.target, args, kwargs, autocasts)
+        return self._values.key(node.op, node.target, args, kwargs, autocasts, self._shards.get(node))
 
     def _from_metadata(self, node: fx.Node, name: str) -> Any:
         """What the metadata says that the node yields, with unknown axes."""

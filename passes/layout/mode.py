@@ -55,7 +55,7 @@ class AttentionAxes:
 @dataclass(frozen=True, slots=True)
 class _Origin:
     base: torch.Tensor
-    call: OpCall
+    call: OpCall | None
 
 
 class LayoutMode(TorchDispatchMode):
@@ -80,16 +80,23 @@ class LayoutMode(TorchDispatchMode):
     def _derive_again(self, tensor: torch.Tensor) -> Axes:
         """The axes of a tensor whose memory was written through another tensor."""
         origin: _Origin | None = getattr(tensor, _ORIGIN, None)
-        rule = None if origin is None else rule_for(origin.call.func)
-        if origin is None or rule is None:
+        call = None if origin is None else origin.call
+        rule = None if call is None else rule_for(call.func)
+        if call is None or rule is None:
             return unknown_axes(tensor)
-        return rule(origin.call)[_position(tensor, origin.call.outputs)]
+        return rule(call)[_position(tensor, call.outputs)]
 
     def set_axes(self, tensor: torch.Tensor, axes: Axes) -> None:
         """Gives a tensor its axes."""
         setattr(tensor, _AXES, axes)
         if self._generation:
             setattr(tensor, _STAMP, self._generation.get(_storage(tensor), 0))
+
+    def declare(self, tensor: torch.Tensor, axes: Axes) -> None:
+        """Gives a view axes that no rule derives from what it views; written through it, that becomes unknown."""
+        self.set_axes(tensor, axes)
+        if hasattr(tensor, _ORIGIN):
+            setattr(tensor, _ORIGIN, _Origin(getattr(tensor, _ORIGIN).base, None))
 
     def share(self, tensor: torch.Tensor) -> None:
         """Marks a tensor as standing for several nodes: writing to it raises `SharedValueWritten`."""
@@ -195,20 +202,23 @@ class LayoutMode(TorchDispatchMode):
         base = self.axes_of(origin.base)
         if old_axes == axes or (is_constant(base) and is_constant(axes)):
             return base
-        name = origin.call.func._schema.name
+        call = origin.call
+        if call is None:
+            return tuple(UNKNOWN for _ in base)
+        name = call.func._schema.name
         if name in ("aten::alias", "aten::detach", "aten::lift_fresh"):
             return axes
         if name == "aten::slice":
-            dim, sizes = origin.call.dim(), sizes_of(origin.base)
-            length = sizes_of(origin.call.outputs[0])[dim]
+            dim, sizes = call.dim(), sizes_of(origin.base)
+            length = sizes_of(call.outputs[0])[dim]
             if same_length(length, sizes[dim]):
                 return axes
-            if origin.call.args.get("step", 1) != 1:
+            if call.args.get("step", 1) != 1:
                 return replaced_by_step(base, axes, dim, sizes[dim])
-            return replaced(base, axes, dim, start_of(origin.call, sizes[dim]), length, sizes[dim])
+            return replaced(base, axes, dim, start_of(call, sizes[dim]), length, sizes[dim])
         if name == "aten::select":
-            dim, size = origin.call.dim(), sizes_of(origin.base)[origin.call.dim()]
-            start = size_expr(origin.call.args["index"])
+            dim, size = call.dim(), sizes_of(origin.base)[call.dim()]
+            start = size_expr(call.args["index"])
             start = start + size if start.is_negative else start
             return replaced(base, (*axes[:dim], ONE, *axes[dim:]), dim, start, sympy.Integer(1), size)
         return tuple(UNKNOWN for _ in base)

@@ -20,7 +20,7 @@ def demo(
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video.")] = None,
     height: Annotated[int | None, typer.Option(min=4, help="Pixels, a multiple of 4.")] = None,
     width: Annotated[int | None, typer.Option(min=4, help="Pixels, a multiple of 4.")] = None,
-    density: Annotated[float | None, typer.Option(help="Share of the pairs to select (default 0.2).")] = None,
+    density: Annotated[str | None, typer.Option(help="Share of the pairs, or a schedule such as 0.3..0.05.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Softmax mass to reach, instead of a density.")] = None,
     inner_backend: Annotated[str | None, typer.Option(help="What compiles the graphs.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,

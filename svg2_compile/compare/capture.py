@@ -19,8 +19,9 @@ from svg2_compile.compare.attention_maps import AttentionInputs
 from svg2_compile.compare.density import DensityTable, sparse_steps
 from svg2_compile.kernels import ops
 from svg2_compile.runtime.history import qualified
+from svg2_compile.runtime.plan import plan_now
 from svg2_compile.runtime.program import DenoisingProgram
-from svg2_compile.runtime.session import Session, plan_now
+from svg2_compile.runtime.session import Session
 
 __all__ = ["Captured", "MapRequest", "captured_attention"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from svg2_compile.runtime.standing import branch_named
 
-__all__ = ["name_branches", "repeated_blocks", "transformers_of"]
+__all__ = ["expected_layers", "name_branches", "repeated_blocks", "transformers_of"]
 
 
 def transformers_of(target: Any) -> dict[str, nn.Module]:
@@ -41,7 +41,7 @@ def repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
     """The blocks that repeat, by path: those that a diffusers class declares, else composite items of ModuleLists."""
     declared = getattr(module, "_repeated_blocks", None)
     if declared:
-        blocks = {path: child for path, child in module.named_modules() if type(child).__name__ in declared}
+        blocks = {path: child for path, child in module.named_modules() if _is_any_of(child, declared)}
     else:
         blocks = {
             f"{path}.{index}": block
@@ -55,6 +55,19 @@ def repeated_blocks(module: nn.Module) -> dict[str, nn.Module]:
     if not blocks:
         raise ValueError(f"regional=True: {type(module).__name__} has no repeated blocks; use regional=False")
     return blocks
+
+
+def _is_any_of(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether the class of a module has one of the names. FSDP makes a subclass of it, with another name."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
+def expected_layers(module: nn.Module) -> int | None:
+    """How many layers a model has, as far as its modules tell."""
+    try:
+        return len(repeated_blocks(module))
+    except ValueError:
+        return None
 
 
 class _NamedBranches:

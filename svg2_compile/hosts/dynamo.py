@@ -18,6 +18,7 @@ import torch
 
 from svg2_compile.hosts.branches import jumps
 from svg2_compile.hosts.breaks import noting_breaks
+from svg2_compile.hosts.context_parallel import untraced_messages
 from svg2_compile.hosts.disabled import looking_through
 from svg2_compile.hosts.host_reads import reading_known_numbers
 from svg2_compile.hosts.shared_context import dynamo_context
@@ -51,6 +52,12 @@ def _patched_config() -> Any:
         "recompile_limit": max(64, config.recompile_limit),
         "reorderable_logging_functions": config.reorderable_logging_functions | {warnings.warn, print},
     }
+    # Its name before it took functions as well.
+    ignored = next(
+        (name for name in ("ignore_logging_functions", "ignore_logger_methods") if hasattr(config, name)), None
+    )
+    if ignored is not None:
+        patches[ignored] = getattr(config, ignored) | untraced_messages()
     return config.patch(patches)
 
 

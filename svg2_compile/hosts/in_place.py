@@ -14,13 +14,14 @@ from torch import nn
 from svg2_compile.backend import Svg2Backend
 from svg2_compile.hosts.calls import replace_call
 from svg2_compile.hosts.compiled_call import CompiledCall, OwnCode
+from svg2_compile.hosts.context_parallel import not_traced, prepare_hooks
 from svg2_compile.hosts.diffusers import name_branches
 from svg2_compile.reporting.report import Report
 from svg2_compile.runtime.model_call import ModelCall, Part, running_model, running_part
 from svg2_compile.runtime.session import Session, report_of
 from svg2_compile.runtime.time_reader import named_timesteps
 
-__all__ = ["Enabled", "compile_in_place", "compile_parts", "enabled_of", "register", "run_as_model"]
+__all__ = ["Enabled", "compile_in_place", "compile_parts", "enabled_of", "is_enabled", "register", "run_as_model"]
 
 _enabled: weakref.WeakKeyDictionary[Any, Enabled] = weakref.WeakKeyDictionary()
 
@@ -83,11 +84,27 @@ def enabled_of(target: Any) -> Enabled | None:
         return None
 
 
+def is_enabled(module: nn.Module) -> bool:
+    """Whether calls of ``module`` are those of something enabled: of itself, or of a pipeline that it is part of."""
+    return any(found is module for enabled in list(_enabled.values()) for found in enabled.modules)
+
+
 def compile_in_place(
     module: nn.Module, label: str, backend: Svg2Backend, enabled: Enabled, *, fullgraph: bool, dynamic: bool | None
 ) -> None:
     """Let calls of ``module``, a whole model, run compiled."""
+    if _stays_as_it_is(module, label, enabled):
+        return
     run_as_model(module, label, enabled, _compiled(module, backend, enabled, fullgraph, dynamic))
+
+
+def _stays_as_it_is(module: nn.Module, label: str, enabled: Enabled) -> bool:
+    """Whether ``module`` cannot be compiled. Then that is said, and its calls are followed all the same."""
+    why = not_traced(module)
+    if why is not None:
+        enabled.session.watch.leave(module, why)
+        run_as_model(module, label, enabled, module._call_impl)
+    return why is not None
 
 
 def compile_parts(
@@ -101,6 +118,8 @@ def compile_parts(
     dynamic: bool | None,
 ) -> None:
     """Let calls of the ``parts`` of ``module``, by their paths in it, run compiled, one graph for all of a kind."""
+    if _stays_as_it_is(module, label, enabled):
+        return
     for path, part in parts.items():
         _compile_part(part, ".".join(filter(None, (label, path))), backend, enabled, fullgraph, dynamic)
     # The model itself runs as it is; but its calls are told apart, and its arguments tell the timestep.
@@ -125,6 +144,7 @@ def _compiled(
     module: nn.Module, backend: Svg2Backend, enabled: Enabled, fullgraph: bool, dynamic: bool | None
 ) -> CompiledCall:
     session = enabled.session
+    prepare_hooks(module)
     return CompiledCall(
         *(module, backend, session.once, enabled.code),
         fullgraph=fullgraph,

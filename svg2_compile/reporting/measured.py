@@ -109,7 +109,8 @@ def layers_table(runs: Sequence[SiteRecord]) -> Table | None:
 
 def _table(first: str, rows: Sequence[Summary], title: str) -> Table:
     has_error = any(row.error is not None for row in rows)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, title_justify="left", min_width=len(title), box=box.SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
     table.add_column(first, no_wrap=True)
     for header in ("asked", "density", "by head", *(("error", "worst") if has_error else ())):
         table.add_column(header, justify="right", no_wrap=True)

@@ -54,11 +54,11 @@ class ModelCall:
 
 
 class Part:
-    """A module that was compiled on its own, and its path in the model."""
+    """A module that was compiled on its own, or whatever stands for it, and its path in the model."""
 
     __slots__ = ("label", "module", "owner")
 
-    def __init__(self, owner: Any, module: torch.nn.Module, label: str) -> None:
+    def __init__(self, owner: Any, module: Any, label: str) -> None:
         self.owner = owner
         self.module = module
         self.label = label

@@ -13,14 +13,18 @@ import torch
 from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.codegen.symbols import SymbolBinder
 from svg2_compile.logs.logger import get_logger
+from svg2_compile.passes.graph.collectives import rank_groups
 from svg2_compile.passes.hoist_centroids import StateSpec
-from svg2_compile.passes.sites import StaysDense
+from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport, SiteReport
+from svg2_compile.runtime.agreement import Terms
+from svg2_compile.runtime.balance import initial_orders, rebalanced
 from svg2_compile.runtime.budgets import late_copy, which_are_given_up
 from svg2_compile.runtime.history import CallRecord, Measured, qualified
 from svg2_compile.runtime.layers import LayerTable
-from svg2_compile.runtime.session import CallPlan, Session, running_plan
+from svg2_compile.runtime.plan import CallPlan, running_plan
+from svg2_compile.runtime.session import Session
 from svg2_compile.runtime.time_reader import TimeReader
 
 __all__ = ["DenoisingProgram"]
@@ -80,7 +84,15 @@ class DenoisingProgram:
         self._scalars: dict[tuple[torch.dtype, bool | float], torch.Tensor] = {}
         self._tokens: tuple[int, ...] | None = None
         self._failed = False
+        # The groups of ranks that the graph exchanges tensors with, and what was agreed on with them at the first call.
+        self.groups = tuple(group.name for group in rank_groups(dense.gm) if group.size > 1)
+        self.terms: Terms | None = None
         session.programs.add(self)
+
+    @property
+    def can_be_sparse(self) -> bool:
+        """Whether there is a sparse graph, and it has not failed."""
+        return self.sparse is not None and not self._failed
 
     def site_reports(self) -> list[SiteReport]:
         """Every attention of the graph; where it serves known layers, every attention of each of them."""
@@ -103,11 +115,19 @@ class DenoisingProgram:
             if self.session.config.strict:
                 raise
             self._failed = True
+            if self.groups:
+                raise self._other_ranks_wait(error) from error
             self.session.watch.graph_failed(self.name, error)
         except BaseException:  # an interrupt
             self.session.fail(plan)
             raise
         return self._run_dense(plan, args)
+
+    def run_dense(self, args: Sequence[Any], reason: str) -> Any:
+        """Run the dense graph for a reason that the caller knows."""
+        if self.sparse is None:
+            return self(*args)
+        return self._run_dense(self.session.plan(self, args, reason), args)
 
     def too_short(self, args: Sequence[Any]) -> str | None:
         """The reason why the attentions stay dense at the sizes of these inputs; None if they are worth it."""
@@ -127,6 +147,26 @@ class DenoisingProgram:
             return dense.reason
         return None
 
+    def prepare(self) -> None:
+        """Compile the sparse graph now. Where that fails, the dense one runs from now on."""
+        if self.sparse is None or self._failed:
+            return
+        try:
+            self.sparse.compile()
+        except Exception as error:
+            if self.session.config.strict:
+                raise
+            self._failed = True
+            self.session.watch.graph_failed(self.name, error)
+
+    def _other_ranks_wait(self, error: Exception) -> RuntimeError:
+        """What is raised where this rank has already exchanged tensors: the dense graph would exchange them again."""
+        return RuntimeError(
+            f"rank {torch.distributed.get_rank()}: the sparse graph of {self.name} failed with {type(error).__name__}: "
+            f"{error}. The other ranks are in the middle of it, so that this one cannot run dense instead. End all "
+            "ranks (torchrun does); svg2_compile.disable(pipe) on all of them runs dense."
+        )
+
     def _run_dense(self, plan: CallPlan, args: Sequence[Any]) -> Any:
         if self._failed:
             plan = replace(plan, sparse=False, reason="failed")
@@ -144,17 +184,24 @@ class DenoisingProgram:
         iters = config.step_iters if seeded else config.init_iters
         if carried is not None and self._are_given_up(carried, plan):
             return self._run_dense(replace(plan, sparse=False, reason="target_error"), args)
-        state = carried[: len(spec.slots)] if carried is not None else self._cold_state(spec, shapes)
+        num_slots = len(spec.slots)
+        state = carried[:num_slots] if carried is not None else self._cold_state(spec, shapes)
+        orders = carried[num_slots : num_slots + len(spec.orders)] if carried is not None else initial_orders(spec)
         asked = self.session.density(plan)
         budget = (self._scalar(float(asked)),) if spec.has_budget and asked is not None else ()
         with running_plan(plan):
-            outputs = graph(*args, *state, self._scalar(seeded), iters, *budget)
+            outputs = graph(*args, *state, self._scalar(seeded), iters, *budget, *orders)
         added = self._keep(outputs[spec.num_outputs :])
+        new_state, measured = added[:num_slots], added[num_slots:]
         if standing is not None and not standing.is_last:
-            new_state = added[: len(spec.slots)]
+            if spec.orders and not seeded:
+                new_state, orders = rebalanced(spec, new_state, measured, orders)
             budgets = [tensor for tensor, slot in zip(new_state, spec.slots, strict=True) if slot.role == "budget"]
-            store.put(standing.video, plan.layer, key, [*new_state, late_copy(budgets)] if budgets else new_state)
-        self._record(plan, iters, seeded, self._measured(spec, state, added[len(spec.slots) :], asked))
+            store.put(
+                *(standing.video, plan.layer, key),
+                [*new_state, *orders, *([late_copy(budgets)] if budgets else [])],
+            )
+        self._record(plan, iters, seeded, self._measured(spec, state, measured, asked))
         return outputs[: spec.num_outputs]
 
     def _cold_state(self, spec: StateSpec, shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
@@ -169,7 +216,7 @@ class DenoisingProgram:
         sites = [self._site_names[slot.site_index] for slot in self.spec.slots if slot.role == "budget"]
         if not sites:
             return False
-        given_up = which_are_given_up(carried[len(self.spec.slots)])
+        given_up = which_are_given_up(carried[-1])
         for position in given_up:
             self.session.watch.target_missed(
                 qualified(plan.layer.label, sites[position]), self.session.config.target_error

@@ -26,6 +26,7 @@ class Request:
         sparse_calls, dense_reasons: what ran, to say so where nothing was sparse. first_sparse_step: None before it.
         used: the count of all calls of the session when this was last called. step_marks: the same at its last steps.
         owner: a weak reference to what the request lives as long as, or None.
+        terms: what the ranks agreed on, by number of the program.
     """
 
     def __init__(self, key: Hashable, label: str, video: int) -> None:
@@ -40,6 +41,7 @@ class Request:
         self.used = 0
         self.step_marks: deque[int] = deque(maxlen=2)
         self.owner: Any = None
+        self.terms: dict[int, Any] = {}
         self._timesteps: Same | None = None
         self._current: Same | None = None
         self._begin: int | None = None

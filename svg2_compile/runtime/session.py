@@ -2,73 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.logs.logger import Once, get_logger
-from svg2_compile.reporting.records import GraphReport, SiteReport
 from svg2_compile.reporting.report import Report
+from svg2_compile.runtime.agreement import RANKS_DIFFER, agreed
 from svg2_compile.runtime.centroid_store import CentroidStore
 from svg2_compile.runtime.dense_rules import DenseLayers, dense_step_reason
 from svg2_compile.runtime.densities import density_of_step
 from svg2_compile.runtime.history import RunHistory
-from svg2_compile.runtime.layers import Layer, Layers, LayerTable, ParameterPaths
+from svg2_compile.runtime.layers import Layer, Layers, ParameterPaths
 from svg2_compile.runtime.model_call import ModelCall, current_call, current_part
 from svg2_compile.runtime.pipelines import SchedulerView, running_pipeline, view_of
+from svg2_compile.runtime.plan import CallPlan, Program
 from svg2_compile.runtime.request import Request
 from svg2_compile.runtime.requests import Requests
 from svg2_compile.runtime.scheduler import StepCount
 from svg2_compile.runtime.silence import SilenceWatch
 from svg2_compile.runtime.standing import Standing, said_now
-from svg2_compile.runtime.time_reader import TimeReader, TimeReading, timestep_reading
+from svg2_compile.runtime.time_reader import TimeReading, timestep_reading
 from svg2_compile.settings.config import Svg2Config
 
-__all__ = ["CallPlan", "Session", "plan_now", "report_of", "running_plan", "sessions"]
+__all__ = ["Session", "report_of", "sessions"]
 
 log = get_logger()
 
 # Every session that is alive, so that report() and reset() find those that nobody holds a handle of.
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class CallPlan:
-    """The decision for one call of a program. standing: None where no step could be told."""
-
-    layer: Layer
-    standing: Standing | None
-    request: Request | None
-    sparse: bool
-    reason: str
-
-
-class Program(Protocol):
-    """What a session needs to know of a program (see DenoisingProgram) to plan its calls and to report on it."""
-
-    number: int
-    name: str
-    dense: CompiledGraph
-    sparse: CompiledGraph | None
-    regional: bool
-    time_reader: TimeReader
-    layers: LayerTable
-    sites: tuple[SiteReport, ...]
-    graph_report: GraphReport
-
-    def site_reports(self) -> list[SiteReport]:
-        """Every attention of the program's graph."""
-
-    def too_short(self, args: Sequence[Any]) -> str | None:
-        """Why its attentions stay dense at the sizes of these inputs, if they do."""
 
 
 class Session:
@@ -82,6 +49,7 @@ class Session:
         config: the settings.
         scheduler: yields the scheduler that drives the model, as it is now, where no pipeline is being called.
         expected_layers: how many layers a model has, as far as its modules tell.
+        num_layers: how many layers the only model has, where no call tells which it is; None if nobody knows.
     """
 
     def __init__(
@@ -89,6 +57,7 @@ class Session:
         config: Svg2Config,
         scheduler: Callable[[], Any] | None = None,
         expected_layers: Callable[[torch.nn.Module], int | None] = lambda module: None,
+        num_layers: int | None = None,
     ) -> None:
         self.config = config
         self.store = CentroidStore(int(config.store_limit_mb * 2**20))
@@ -104,7 +73,7 @@ class Session:
         self._scheduler = scheduler
         self._expected_layers = expected_layers
         self._dense_layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._dense_layers_alone = DenseLayers(config.dense_layers)
+        self._dense_layers_alone = DenseLayers(config.dense_layers, num_layers)
         self._lock = threading.RLock()
         _sessions.add(self)
 
@@ -125,16 +94,19 @@ class Session:
             with self._lock, self.watch.quiet():
                 self.requests.close(plan.request)
 
-    def plan(self, program: Program, args: Sequence[Any]) -> CallPlan:
-        """Decide which graph of ``program`` runs this call."""
+    def plan(self, program: Program, args: Sequence[Any], stays_dense: str | None = None) -> CallPlan:
+        """Decide which graph of ``program`` runs this call. stays_dense: why it is the dense one, if that is known."""
         call = current_call(self)
         with self._lock:
             layer = program.layers.find(args, current_part(self), call, self._paths_of(call))
             located = self._locate(program, args, layer, call)
-            plan = self._decide(program, layer, located, call)
+            plan = self._decide(program, layer, located, call, stays_dense)
             short = program.too_short(args) if plan.sparse else None
             if short is not None:
                 plan = replace(plan, sparse=False, reason=short)
+            terms = agreed(program, located, self.config, self.once)
+            if plan.sparse and not terms.sparse:
+                plan = replace(plan, sparse=False, reason=RANKS_DIFFER)
             if plan.request is not None:
                 plan.request.note(plan.sparse, plan.reason)
             self.watch.ran(call, has_attention=True)
@@ -146,11 +118,20 @@ class Session:
         with self._lock:
             if call is not None and program.sites:
                 self._locate(program, args, None, call)
+            agreed(program, None, self.config, self.once)
             self.watch.ran(call, has_attention=bool(program.sites))
 
     def _decide(
-        self, program: Program, layer: Layer, located: tuple[Request, Standing] | None, call: ModelCall | None
+        self,
+        program: Program,
+        layer: Layer,
+        located: tuple[Request, Standing] | None,
+        call: ModelCall | None,
+        stays_dense: str | None,
     ) -> CallPlan:
+        if stays_dense is not None:
+            request, standing = located or (None, None)
+            return CallPlan(layer, standing, request, False, stays_dense)
         if located is None:
             return self._plan_without_time(program, layer)
         request, standing = located
@@ -272,24 +253,6 @@ class Session:
     def _over(self, request: Request) -> None:
         self.store.drop_video(request.video)
         self.watch.video_over(request, self.programs)
-
-
-_running: ContextVar[CallPlan | None] = ContextVar("svg2_running_plan", default=None)
-
-
-@contextlib.contextmanager
-def running_plan(plan: CallPlan) -> Iterator[None]:
-    """While a sparse graph runs, :func:`plan_now` gives its plan to those who look on."""
-    token = _running.set(plan)
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-def plan_now() -> CallPlan | None:
-    """The plan of the sparse graph that runs in this thread; None outside of one."""
-    return _running.get()
 
 
 def sessions() -> list[Session]:

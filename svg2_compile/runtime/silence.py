@@ -22,6 +22,7 @@ _WAYS_OUT = {
     "dense_layer": "fewer dense_layers leave layers to be sparse",
     "no_timestep": "svg2_compile.denoising(step=...) says the step",
     "target_error": "a larger target_error leaves layers to be sparse",
+    "ranks_differ": "every rank needs the same options",
     "cost": "min_tokens=<int> overrides the cost model",
     "short_sequence": "a smaller min_tokens includes it",
 }
@@ -41,6 +42,12 @@ class SilenceWatch:
         self._missed: list[str] = []
         # Since the last schedule was over: calls of the whole model, and compiled graphs that have attentions.
         self._calls = self._with_attention = 0
+        self._left: set[int] = set()
+
+    def leave(self, module: Any, why: str) -> None:
+        """``module`` is not compiled, and that is said here."""
+        self._left.add(id(module))
+        self._say(("left", id(module)), why)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -72,13 +79,15 @@ class SilenceWatch:
                 "blocks of its model itself needs enable(pipe, regional=True); one that was given another model needs "
                 "to be enabled anew.",
             )
-        elif not self._with_attention:
+        elif not self._with_attention and not self._left:
             self._say_no_attention_ran("the model")
         self._calls = self._with_attention = 0
 
     def after_call(self, call: ModelCall, programs: Iterable[Any]) -> None:
         """A call of the whole model has returned."""
         self._calls += 1
+        if id(call.module) in self._left:
+            return
         # A cache may answer a call in the stead of the model.
         if not call.graphs_with_attention and not getattr(call.module, "is_cache_enabled", False):
             if not call.graphs:

@@ -71,6 +71,8 @@ class Svg2Config:
         budget: who has the density: "row", every query cluster of every head alike; or "layer", all heads of an
             attention together, which spends it where compensation would err most and needs routing="error". "auto" is
             "layer" with compensation="first_order" and a density, "row" otherwise.
+        balance_heads: spread heads over the ranks of Ulysses by what they cost, measured in the first sparse step of
+            a video (docs/distributed.md); it needs collect_stats. Without ranks it does nothing.
         inner_backend: the torch.compile backend that compiles the graphs. "inductor" is replaced, with a warning,
             on machines where it cannot work.
         inductor_mode: mode for Inductor ("max-autotune" ...), None for its default.
@@ -100,6 +102,7 @@ class Svg2Config:
     compensation: str = "first_order"
     routing: str = "auto"
     budget: str = "auto"
+    balance_heads: bool = False
     inner_backend: str = "inductor"
     inductor_mode: str | None = None
     strict: bool = False
@@ -135,6 +138,16 @@ class Svg2Config:
             )
         if self.target_error is not None:
             self._check_target()
+        if self.balance_heads and not self.collect_stats:
+            raise ConfigError(
+                "balance_heads=True spreads heads by their densities, but collect_stats=False. "
+                "Valid: collect_stats=True with it."
+            )
+        if self.balance_heads and self.target_error is not None:
+            raise ConfigError(
+                "balance_heads=True spreads heads by densities that stay, but target_error moves them on every rank. "
+                "Valid: one of the two."
+            )
         if self.inner_backend == "svg2":
             raise ConfigError("inner_backend='svg2' is not valid: it names this compiler itself. Valid: 'inductor' ...")
         if self.inductor_mode is not None:

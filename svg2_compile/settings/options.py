@@ -100,6 +100,7 @@ SPECS: Mapping[str, Spec] = {
     "compensation": Spec(("str",), choices=("none", "centroid", "first_order")),
     "routing": Spec(("str",), choices=("auto", "score", "error")),
     "budget": Spec(("str",), choices=("auto", "row", "layer")),
+    "balance_heads": Spec(("bool",)),
     "inner_backend": Spec(("str",)),
     "inductor_mode": Spec(("str",), optional=True),
     "strict": Spec(("bool",)),

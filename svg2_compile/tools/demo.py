@@ -19,7 +19,6 @@ from svg2_compile.compare.subjects import shipped_subject
 __all__ = ["DemoOptions", "DemoResult", "run_demo"]
 
 
-DEFAULT_DENSITY = 0.2
 """A little below the default of svg2: on a CPU a video of this length gains little from more."""
 
 
@@ -27,7 +26,7 @@ DEFAULT_DENSITY = 0.2
 class DemoOptions:
     """What the demo runs: a prompt in the words of the model, pixels of the video, steps, and svg2's settings.
 
-    One of density and top_p, or neither for a density of DEFAULT_DENSITY.
+    One of density (a fraction, or a schedule such as "0.3..0.05") and top_p, or neither for svg2's own default.
     """
 
     prompt: str = "cyan stripes square down, orange dots disc up, red checks star right, background fur, camera up"
@@ -38,7 +37,7 @@ class DemoOptions:
     steps: int = 12
     guidance: float = 3.0
     dense_steps: float = 0.2
-    density: float | None = None
+    density: float | str | None = None
     top_p: float | None = None
     inner_backend: str = "inductor"
     out: Path = Path("svg2-demo")
@@ -54,7 +53,7 @@ class DemoOptions:
             raise ValueError(f"density={self.density} and top_p={self.top_p}: each says what is selected. Give one.")
         if self.top_p is not None:
             return {"top_p": self.top_p}
-        return {"density": DEFAULT_DENSITY if self.density is None else self.density}
+        return {} if self.density is None else {"density": self.density}
 
 
 @dataclass(frozen=True)

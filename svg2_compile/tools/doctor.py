@@ -82,6 +82,7 @@ def diagnose() -> Diagnosis:
     diagnosis.devices = [describe_device(device) for device in devices]
     diagnosis.checks.append(_check_entry_point())
     diagnosis.checks += [_check_inductor(device) for device in devices]
+    diagnosis.checks.append(_check_native())
     diagnosis.checks += [_check_numbers(device) for device in devices]
     diagnosis.checks += [_check_tuning(device) for device in devices]
     return diagnosis
@@ -112,6 +113,16 @@ def _check_inductor(device: torch.device) -> Check:
 
         return Check(name, "ok", f"C++ compiler: {get_cpp_compiler()}")
     return Check(name, "ok", f"Triton {version_of('triton')}")
+
+
+def _check_native() -> Check:
+    """The CPU kernels in C++, compiled at first use: without them ATen calls compute the same, slower."""
+    from svg2_compile.kernels.cpu.native.build import native
+
+    found = native()
+    status = "ok" if found.library is not None or found.switched_off else "warning"
+    without = "" if found.library is not None else "; ATen calls are used instead"
+    return Check("native code on cpu", status, f"{found.detail}{without}")
 
 
 def _check_tuning(device: torch.device) -> Check:

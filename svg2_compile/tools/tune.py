@@ -52,8 +52,9 @@ def run_tune(preset: str, budget_s: float, console: Console) -> list[Outcome]:
     console.print(f"Tuning for {preset} on {device_name(device)}, at most {budget_s:.0f} s.")
     if device.type == "cpu":
         console.print(
-            f"There is no CUDA device here: the chunk sizes of the CPU kernels are tuned, on {workloads[0].num_heads} "
-            f"heads of {workloads[0].num_tokens:,} tokens. Run this on the GPU to tune its kernels."
+            "There is no CUDA device here: the chunk sizes of the ATen calls are tuned, which run where there is no "
+            f"native code, on {workloads[0].num_heads} heads of {workloads[0].num_tokens:,} tokens. Run this on the "
+            "GPU to tune its kernels."
         )
     outcomes = _search(workloads, device, budget_s, console)
     console.print(outcome_table(outcomes))

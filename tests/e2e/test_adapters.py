@@ -74,13 +74,18 @@ def test_a_lora_is_hot_swapped(regional):
     assert graphs == 1
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before enable", "after enable"])
 @BOTH
-def test_int8_weights_of_torchao(regional):
+def test_int8_weights_of_torchao(regional, first):
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    small = build("wan")
-    torchao.quantize_(small.pipe.transformer, torchao.Int8WeightOnlyConfig())
-    expected = small.run()
+    small, alone = build("wan"), build("wan")
+    torchao.quantize_(alone.pipe.transformer, torchao.Int8WeightOnlyConfig())
+    expected = alone.run()
+    if first:
+        torchao.quantize_(small.pipe.transformer, torchao.Int8WeightOnlyConfig())
     with svg2_compile.enable(small.pipe, regional=regional, **EXACT) as enabled:
+        if not first:
+            torchao.quantize_(small.pipe.transformer, torchao.Int8WeightOnlyConfig())
         assert_close(small.run(), expected, slack=50)
         sparse = _sparse(enabled)
     assert len(sparse) == BRANCHES * (STEPS - 1) * (LAYERS - 1)

@@ -144,17 +144,22 @@ def test_ten_layers_in_block_graphs_are_ten_layers():
     assert [run.step for run in runs if not run.seeded] == [0] * 20
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before enable", "after enable"])
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
-def test_cache_dit(regional):
+def test_cache_dit(regional, first):
     """It calls the blocks itself, in place of the model."""
     cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not installed")
-    small = build("wan")
     config = cache_dit.DBCacheConfig(
         Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=1e-9, max_warmup_steps=1
     )
-    cache_dit.enable_cache(small.pipe, cache_config=config)
-    expected = small.run()
+    small, alone = build("wan"), build("wan")
+    cache_dit.enable_cache(alone.pipe, cache_config=config)
+    expected = alone.run()
+    if first:
+        cache_dit.enable_cache(small.pipe, cache_config=config)
     with svg2_compile.enable(small.pipe, regional=regional, **{**EXACT, "strict": False}) as enabled:
+        if not first:
+            cache_dit.enable_cache(small.pipe, cache_config=config)
         assert_close(small.run(), expected, slack=50)
         runs = enabled.report().runs
     assert collections.Counter(run.reason for run in runs) == {

@@ -73,7 +73,7 @@ def test_op_leaves_its_inputs_alone_and_is_deterministic(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", ["cpu", "native", "reference"])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_an_ambient_autocast_changes_nothing(name: str, implementation: str) -> None:
     op = getattr(SVG2, name).default
@@ -90,7 +90,10 @@ def test_ops_import_without_triton_and_load_only_what_runs() -> None:
         "import torch\n"
         "from svg2_compile.kernels import ops\n"
         "ops.permute_tokens(torch.ones(1, 1, 2, 3), torch.tensor([[[1, 0]]], dtype=torch.int32))\n"
-        "assert 'svg2_compile.kernels.cpu.implementation' in sys.modules\n"
+        "name = ops.implementation_for(torch.device('cpu'))\n"
+        "assert name in ('native', 'cpu')\n"
+        "folder = 'cpu.native' if name == 'native' else 'cpu'\n"
+        "assert f'svg2_compile.kernels.{folder}.implementation' in sys.modules\n"
         "assert 'svg2_compile.kernels.reference.implementation' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -126,9 +129,10 @@ def test_an_op_takes_keywords_and_has_the_documentation_of_its_signature() -> No
 
 
 def test_an_explicit_request_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svg2_compile.kernels.cpu import implementation as cpu
     from svg2_compile.kernels.reference import implementation as reference
 
+    default = ops.implementation_for(torch.device("cpu"))
+    cpu = importlib.import_module(dispatch.IMPLEMENTATIONS[default].module)
     calls: list[str] = []
 
     def recording(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -144,7 +148,7 @@ def test_an_explicit_request_is_honoured(monkeypatch: pytest.MonkeyPatch) -> Non
     ops.permute_tokens(*args)
     with ops.use_implementation("reference"):
         ops.permute_tokens(*args)
-        with ops.use_implementation("cpu"):
+        with ops.use_implementation(default):
             ops.permute_tokens(*args)
         ops.permute_tokens(*args)
     ops.permute_tokens(*args)
@@ -152,7 +156,8 @@ def test_an_explicit_request_is_honoured(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_explicit_request_never_falls_back() -> None:
-    with pytest.raises(ValueError, match=r"name is 'tirton'; valid: cpu, reference"), ops.use_implementation("tirton"):
+    names = r"name is 'tirton'; valid: cpu, native, reference"
+    with pytest.raises(ValueError, match=names), ops.use_implementation("tirton"):
         pass
     with (
         ops.use_implementation("cpu"),

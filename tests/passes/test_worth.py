@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
-from svg2_compile.passes.sites import Site, Skip, StaysDense
+from svg2_compile.passes.sites import Site, Skip
+from svg2_compile.passes.stays_dense import StaysDense
 from tests.passes.attention_graphs import DIM, SITES, decide, dynamo_graph, model_of, reasons, sdpa, video
 
 

@@ -54,6 +54,15 @@ def test_the_cost_model_takes_the_mean() -> None:
     assert config.site_policy().density == config.sparsity_policy().density == pytest.approx(0.2)
 
 
+def test_presets_take_schedules_and_targets() -> None:
+    preset = {"preset": "wan2.1-14b-720p:first_order"}
+    assert Svg2Config.from_options({**preset, "density": "0.2..0.05"}).density == "0.2..0.05"
+    followed = Svg2Config.from_options({**preset, "target_error": "0.02"})  # begins with the preset's density
+    assert (followed.target_error, followed.selection()[1], followed.budget) == (0.02, 0.1, "layer")
+    with pytest.raises(ConfigError, match=r"target_error=0.02 moves the density"):
+        Svg2Config.from_options({"preset": "wan2.1-14b-720p:quality", "target_error": 0.02})
+
+
 @pytest.mark.parametrize("options", [{"budget": "row"}, {"compensation": "none"}, {"compensation": "centroid"}])
 def test_rows_have_one_density_for_all_steps(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"density='0.3..0.05' changes from step to step, but budget='row'"):

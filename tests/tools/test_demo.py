@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -21,6 +23,14 @@ def test_a_video_dense_and_sparse(tmp_path):
     assert "<html" in (tmp_path / "demo" / "report.html").read_text()
 
 
+def test_a_schedule_from_the_command_line(tmp_path):
+    done = CliRunner().invoke(app, ["demo", *SMALL, "--density", "0.6..0.2", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    densities = [float(found) for found in re.findall(r"^\D*\d+\D+?([\d.]+)%[^%]*#", done.output, re.MULTILINE)]
+    assert len(densities) == 4 and densities[0] == 100.0
+    assert densities[1] > densities[2] > densities[3]
+
+
 def test_with_all_clusters_nothing_changes(tmp_path):
     done = CliRunner().invoke(app, ["demo", *SMALL, "--top-p", "1.0", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -34,6 +44,7 @@ def test_mistakes_are_explained(tmp_path):
         (["--height", "30"], "multiples of 4"),
         (["--top-p", "1.5"], "top_p"),
         (["--density", "0"], "density"),
+        (["--density", "0.3..2"], "schedule"),
         (["--density", "0.5", "--top-p", "0.5"], "Give one"),
     ):
         done = CliRunner().invoke(app, ["demo", *SMALL, "--out", str(tmp_path), *wrong])

@@ -18,6 +18,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from svg2_compile.passes.layout.op_call import Rule, RuleTable, packets, table
 from svg2_compile.passes.layout.rules import compute
+from svg2_compile.passes.layout.rules.collective import COLLECTIVE_RULES
 from svg2_compile.passes.layout.rules.index import INDEX_RULES
 from svg2_compile.passes.layout.rules.join import JOIN_RULES
 from svg2_compile.passes.layout.rules.view import VIEW_RULES
@@ -68,6 +69,7 @@ RULES: RuleTable = {
     **VIEW_RULES,
     **JOIN_RULES,
     **INDEX_RULES,
+    **COLLECTIVE_RULES,
     **table(_POINTWISE, compute.pointwise),
     **table(_PRESERVING, compute.preserving),
     **table(_CONSTANTS, compute.constants),

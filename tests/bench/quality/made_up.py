@@ -24,7 +24,8 @@ def made_up_campaign() -> dict[str, Any]:
 def row(method: str, density: float, prompt: int, steps: int) -> dict[str, Any]:
     psnr = 20 + 40 * density + prompt + (8.0 if method == FIRST else 0.0)
     measured = {"psnr": psnr, "ssim": 0.9, "ms_ssim": 0.95, "flicker": 0.01, "seconds": 60.0}
-    point = {"method": method, "requested_density": density, "prompt": prompt, "steps": steps, "dense_layers": 0.03}
+    point = {"method": method, "requested_density": density, "prompt": prompt, "steps": steps}
+    point |= {"dense_layers": 0.03, "dense_last_steps": 0}
     return {**point, "density": density + 0.001, **measured}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg2_compile.kernels.cpu import attention as cpu_attention
-from svg2_compile.kernels.cpu import implementation as cpu
 from svg2_compile.kernels.cpu import keys as cpu_keys
 from svg2_compile.kernels.cpu.attention import QueryGroup, key_parts, merge_partial_softmax, shared_calls
 from svg2_compile.kernels.reference import implementation as reference
@@ -44,15 +44,17 @@ def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def check_attention(problem: Problem, compensation: bool) -> None:
+def check_attention(cpu: ModuleType, problem: Problem, compensation: bool) -> None:
     expected = exact_and_eager(problem, compensation)
-    check_against(problem, compensation, *expected)
+    check_against(cpu, problem, compensation, *expected)
     # Keys cut into parts wherever it is possible at all.
     with override("cpu_attention", {"MIN_KEYS_PER_PART": 16, "MIN_IDLE_PAIRS": -1}):
-        check_against(problem, compensation, *expected)
+        check_against(cpu, problem, compensation, *expected)
 
 
-def check_against(problem: Problem, compensation: bool, exact_out: Tensor, exact_lse: Tensor, eager: Tensor) -> None:
+def check_against(
+    cpu: ModuleType, problem: Problem, compensation: bool, exact_out: Tensor, exact_lse: Tensor, eager: Tensor
+) -> None:
     out, lse = cpu.block_sparse_attention(*problem.args(compensation))
     assert out.dtype == problem.query.dtype
     assert out.is_contiguous()
@@ -66,15 +68,15 @@ def check_against(problem: Problem, compensation: bool, exact_out: Tensor, exact
 
 @pytest.mark.parametrize("compensation", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_attention_over_shapes(name: str, compensation: bool) -> None:
-    check_attention(make_problem(**SHAPES[name]), compensation)
+def test_attention_over_shapes(cpu: ModuleType, name: str, compensation: bool) -> None:
+    check_attention(cpu, make_problem(**SHAPES[name]), compensation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("input_scale", [1.0, 4.0, 16.0])
-def test_attention_over_dtypes_and_input_scales(dtype: torch.dtype, input_scale: float) -> None:
+def test_attention_over_dtypes_and_input_scales(cpu: ModuleType, dtype: torch.dtype, input_scale: float) -> None:
     for compensation in (False, True):
-        check_attention(make_problem(dtype=dtype, input_scale=input_scale, num_keys=700), compensation)
+        check_attention(cpu, make_problem(dtype=dtype, input_scale=input_scale, num_keys=700), compensation)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -92,11 +94,13 @@ def test_attention_over_dtypes_and_input_scales(dtype: torch.dtype, input_scale:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     compensation=st.booleans(),
 )
-def test_attention_over_random_problems(kv_heads: int, group: int, compensation: bool, **shape: Any) -> None:
-    check_attention(make_problem(kv_heads=kv_heads, q_heads=kv_heads * group, **shape), compensation)
+def test_attention_over_random_problems(
+    cpu: ModuleType, kv_heads: int, group: int, compensation: bool, **shape: Any
+) -> None:
+    check_attention(cpu, make_problem(kv_heads=kv_heads, q_heads=kv_heads * group, **shape), compensation)
 
 
-def test_attention_takes_any_strides() -> None:
+def test_attention_takes_any_strides(cpu: ModuleType) -> None:
     problem = make_problem(q_heads=3, kv_heads=3)
     expected = cpu.block_sparse_attention(*problem.args())
     token_major = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in problem.args()[:3]]
@@ -107,18 +111,18 @@ def test_attention_takes_any_strides() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 9])
-def test_attention_does_not_depend_on_the_number_of_threads(threads: int) -> None:
+def test_attention_does_not_depend_on_the_number_of_threads(cpu: ModuleType, threads: int) -> None:
     problem = make_problem(num_queries=90, num_keys=1700, num_q_clusters=3)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check_attention(problem, compensation=True)
-        check_attention(problem, compensation=False)
+        check_attention(cpu, problem, compensation=True)
+        check_attention(cpu, problem, compensation=False)
     finally:
         torch.set_num_threads(before)
 
 
-def test_attention_does_not_depend_on_the_memory_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_does_not_depend_on_the_memory_it_may_take(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(batch=2, q_heads=4, kv_heads=2, num_queries=300, num_keys=900, num_q_clusters=20)
     at_once = cpu.block_sparse_attention(*problem.args(True))
     monkeypatch.setattr(cpu_attention, "TABLE_BYTES", 1)  # a head at a time
@@ -170,7 +174,9 @@ def test_merge_of_partial_softmaxes() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("num_keys", [7, 170])
-def test_non_finite_tokens_show_exactly_where_they_are_attended(bad: float, where: str, num_keys: int) -> None:
+def test_non_finite_tokens_show_exactly_where_they_are_attended(
+    cpu: ModuleType, bad: float, where: str, num_keys: int
+) -> None:
     problem = make_problem(num_keys=num_keys, num_k_clusters=3, q_heads=1, kv_heads=1)
     problem.k_offsets[..., -2] = num_keys  # no masked keys
     q_block = int(torch.searchsorted(problem.q_offsets[0, 0, 1:].contiguous(), 5, right=True))
@@ -183,7 +189,7 @@ def test_non_finite_tokens_show_exactly_where_they_are_attended(bad: float, wher
     assert not bool(expected.isfinite().all())
 
 
-def test_masked_garbage_is_never_read() -> None:
+def test_masked_garbage_is_never_read(cpu: ModuleType) -> None:
     problem = make_problem(keep=1.1)
     clean = cpu.block_sparse_attention(*problem.args())
     for b, h in ((0, 0), (0, 1)):
@@ -195,7 +201,7 @@ def test_masked_garbage_is_never_read() -> None:
     torch.testing.assert_close(actual, clean, rtol=0, atol=0)
 
 
-def test_offsets_that_are_no_partition_are_refused() -> None:
+def test_offsets_that_are_no_partition_are_refused(cpu: ModuleType) -> None:
     problem = make_problem()
     args = list(problem.args())
     args[4] = problem.k_offsets + 1
@@ -203,7 +209,7 @@ def test_offsets_that_are_no_partition_are_refused() -> None:
         cpu.block_sparse_attention(*args)
 
 
-def test_block_density_equals_the_oracle() -> None:
+def test_block_density_equals_the_oracle(cpu: ModuleType) -> None:
     problem = make_problem(batch=2, q_heads=4, kv_heads=2)
     args = (problem.q_offsets, problem.k_offsets, problem.block_map)
     torch.testing.assert_close(cpu.block_density(*args), reference.block_density(*args))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svg2_compile.kernels.cpu import implementation as cpu
 from svg2_compile.kernels.reference import implementation as reference
 from tests.kernels.helpers import assert_within_budget
 
@@ -18,7 +18,7 @@ F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def check_kmeans(x: Tensor, start: Tensor, seeded: bool, iters: int, valid: Tensor | None) -> None:
+def check_kmeans(cpu: ModuleType, x: Tensor, start: Tensor, seeded: bool, iters: int, valid: Tensor | None) -> None:
     labels, centroids, sizes = cpu.kmeans(x, start, torch.tensor(seeded), iters, valid)
     num_clusters = start.shape[2]
     assert (labels.dtype, centroids.dtype, sizes.dtype) == (torch.int32, torch.float32, torch.int32)
@@ -57,6 +57,7 @@ def check_kmeans(x: Tensor, start: Tensor, seeded: bool, iters: int, valid: Tens
     input_scale=st.sampled_from([1.0, 16.0]),
 )
 def test_kmeans_over_random_problems(
+    cpu: ModuleType,
     seed: int,
     shape: tuple[int, int, int, int],
     fraction: float,
@@ -73,10 +74,10 @@ def test_kmeans_over_random_problems(
     start = input_scale * torch.randn(batch, heads, num_clusters, head_dim)
     mask_heads = {"none": 0, "shared": 1, "per head": heads}[mask]
     valid = torch.rand(batch, mask_heads, num_tokens) < 0.7 if mask_heads else None
-    check_kmeans(x, start, seeded, iters, valid)
+    check_kmeans(cpu, x, start, seeded, iters, valid)
 
 
-def test_kmeans_equals_the_oracle_on_separated_clusters() -> None:
+def test_kmeans_equals_the_oracle_on_separated_clusters(cpu: ModuleType) -> None:
     torch.manual_seed(0)
     centers = 50 * torch.randn(1, 2, 7, 5)
     x = (centers.repeat(1, 1, 30, 1) + torch.randn(1, 2, 210, 5))[:, :, torch.randperm(210)]
@@ -88,7 +89,7 @@ def test_kmeans_equals_the_oracle_on_separated_clusters() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_kmeans_with_broken_tokens_and_centroids(bad: float) -> None:
+def test_kmeans_with_broken_tokens_and_centroids(cpu: ModuleType, bad: float) -> None:
     torch.manual_seed(0)
     x, start = torch.randn(1, 1, 50, 4), torch.randn(1, 1, 6, 4)
     x[0, 0, 7, 1] = bad
@@ -103,7 +104,7 @@ def test_kmeans_with_broken_tokens_and_centroids(bad: float) -> None:
         assert int(sizes[0, 0][broken].sum()) == 1
 
 
-def test_kmeans_masked_garbage_is_never_read() -> None:
+def test_kmeans_masked_garbage_is_never_read(cpu: ModuleType) -> None:
     torch.manual_seed(0)
     x, start = torch.randn(2, 2, 40, 4), torch.randn(2, 2, 5, 4)
     valid = torch.rand(2, 1, 40) < 0.5
@@ -125,7 +126,7 @@ def test_kmeans_masked_garbage_is_never_read() -> None:
     mask=st.sampled_from(["none", "shared", "per head", "nothing"]),
 )
 def test_order_equals_the_oracle_and_permutes_exactly(
-    seed: int, batch: int, heads: int, layout: tuple[int, int, int], num_clusters: int, mask: str
+    cpu: ModuleType, seed: int, batch: int, heads: int, layout: tuple[int, int, int], num_clusters: int, mask: str
 ) -> None:
     torch.manual_seed(seed)
     before, video, after = layout
@@ -148,6 +149,6 @@ def test_order_equals_the_oracle_and_permutes_exactly(
     assert_within_budget(means, reference.cluster_means(permuted, offsets, compute_dtype=F64).double())
 
 
-def test_labels_out_of_range_are_refused() -> None:
+def test_labels_out_of_range_are_refused(cpu: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"labels lie in \[0, 5\]; valid: \[0, 3\)"):
         cpu.cluster_order(torch.tensor([[[0, 5]]], dtype=torch.int32), 3, 0, 2)

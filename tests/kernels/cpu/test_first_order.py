@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svg2_compile.kernels.cpu import first_order as cpu_first_order
-from svg2_compile.kernels.cpu import implementation as cpu
 from svg2_compile.kernels.reference import implementation as reference
 from svg2_compile.kernels.tuning.lookup import override
 from tests.kernels.first_order_cases import F64, SHAPES, attention_answers, check_estimates, check_terms
@@ -21,7 +21,7 @@ from tests.kernels.helpers import FirstOrder, assert_within_budget, make_problem
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def check_attention(case: FirstOrder) -> None:
+def check_attention(cpu: ModuleType, case: FirstOrder) -> None:
     exact_out, exact_lse, eager = attention_answers(case)
     out, lse = cpu.first_order_attention(*case.attention_args)
     assert (out.dtype, lse.dtype) == (case.problem.query.dtype, torch.float32)
@@ -32,23 +32,23 @@ def check_attention(case: FirstOrder) -> None:
     assert_within_budget(lse[finite], exact_lse[finite].double(), roundings=64)
 
 
-def check_all(case: FirstOrder) -> None:
+def check_all(cpu: ModuleType, case: FirstOrder) -> None:
     check_estimates(case, *cpu.block_estimates(*case.estimate_args))
     check_terms(case, *cpu.first_order_terms(*case.term_args))
-    check_attention(case)
+    check_attention(cpu, case)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_op_over_shapes(name: str) -> None:
+def test_every_op_over_shapes(cpu: ModuleType, name: str) -> None:
     case = FirstOrder.of(make_problem(**SHAPES[name]))
-    check_all(case)
+    check_all(cpu, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("input_scale", [1.0, 4.0, 16.0])
-def test_every_op_over_dtypes_and_input_scales(dtype: torch.dtype, input_scale: float) -> None:
+def test_every_op_over_dtypes_and_input_scales(cpu: ModuleType, dtype: torch.dtype, input_scale: float) -> None:
     case = FirstOrder.of(make_problem(dtype=dtype, input_scale=input_scale, num_keys=700))
-    check_all(case)
+    check_all(cpu, case)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -65,12 +65,12 @@ def test_every_op_over_dtypes_and_input_scales(dtype: torch.dtype, input_scale: 
     keep=st.sampled_from([0.0, 0.02, 0.3, 1.1]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_every_op_over_random_problems(kv_heads: int, group: int, **shape: Any) -> None:
+def test_every_op_over_random_problems(cpu: ModuleType, kv_heads: int, group: int, **shape: Any) -> None:
     case = FirstOrder.of(make_problem(kv_heads=kv_heads, q_heads=kv_heads * group, **shape))
-    check_all(case)
+    check_all(cpu, case)
 
 
-def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_do_not_show(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     case = FirstOrder.of(make_problem(batch=2, q_heads=4, kv_heads=2, num_queries=400, num_keys=500, num_k_clusters=30))
     whole = cpu.first_order_attention(*case.attention_args), cpu.first_order_terms(*case.term_args)
     estimates = cpu.block_estimates(*case.estimate_args)
@@ -81,7 +81,7 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(cpu.block_estimates(*case.estimate_args), estimates, rtol=1e-5, atol=1e-5)
 
 
-def test_tokens_in_token_order_give_the_same() -> None:
+def test_tokens_in_token_order_give_the_same(cpu: ModuleType) -> None:
     case = FirstOrder.of(make_problem(q_heads=4, kv_heads=2))
     generator = torch.Generator().manual_seed(0)
     orders = [
@@ -100,7 +100,7 @@ def test_tokens_in_token_order_give_the_same() -> None:
     assert out.transpose(1, 2).is_contiguous()
 
 
-def test_one_giant_cluster_beside_empty_ones() -> None:
+def test_one_giant_cluster_beside_empty_ones(cpu: ModuleType) -> None:
     problem = make_problem(num_keys=900, num_k_clusters=6, num_queries=500, num_q_clusters=5)
     problem.k_offsets[:] = torch.tensor([0, 0, 880, 880, 883, 883, 883, 895, 900], dtype=torch.int32)
     problem.q_offsets[:] = torch.tensor([0, 0, 0, 499, 499, 500, 500, 500], dtype=torch.int32)
@@ -108,10 +108,10 @@ def test_one_giant_cluster_beside_empty_ones() -> None:
     problem = dataclasses.replace(problem, k_centroids=means[0], v_centroids=means[1])
     problem.k_centroids[..., 0, :] = math.nan  # an empty cluster's centroid may be anything
     case = FirstOrder.of(problem)
-    check_all(case)
+    check_all(cpu, case)
 
 
-def test_masked_garbage_is_never_read() -> None:
+def test_masked_garbage_is_never_read(cpu: ModuleType) -> None:
     problem = make_problem(num_keys=300)
     case = FirstOrder.of(problem)
     clean = cpu.block_estimates(*case.estimate_args), cpu.first_order_terms(*case.term_args)
@@ -125,7 +125,7 @@ def test_masked_garbage_is_never_read() -> None:
     torch.testing.assert_close(cpu.first_order_attention(*case.attention_args), attended, rtol=0, atol=0)
 
 
-def test_variances_equal_the_oracle() -> None:
+def test_variances_equal_the_oracle(cpu: ModuleType) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 90, 7, generator=generator).transpose(2, 3).contiguous().transpose(2, 3)
     labels = torch.randint(0, 5, (2, 3, 80), generator=generator, dtype=torch.int32)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from svg2_compile.kernels.cpu import implementation as cpu
 from svg2_compile.kernels.reference import implementation as reference
 from tests.kernels.first_order_cases import F64
 from tests.kernels.helpers import FirstOrder, make_problem
@@ -26,7 +26,14 @@ from tests.kernels.helpers import FirstOrder, make_problem
     density=st.floats(0.0, 1.0),
 )
 def test_selection_equals_the_oracle(
-    seed: int, batch: int, kv_heads: int, group: int, clusters: tuple[int, int], input_scale: float, density: float
+    cpu: ModuleType,
+    seed: int,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    clusters: tuple[int, int],
+    input_scale: float,
+    density: float,
 ) -> None:
     problem = make_problem(
         seed=seed, batch=batch, q_heads=kv_heads * group, kv_heads=kv_heads, num_q_clusters=clusters[0],
@@ -40,7 +47,7 @@ def test_selection_equals_the_oracle(
 
 
 @pytest.mark.parametrize("priorities", ["equal", "minus infinity"])
-def test_ties_go_to_the_first_in_order(priorities: str) -> None:
+def test_ties_go_to_the_first_in_order(cpu: ModuleType, priorities: str) -> None:
     case = FirstOrder.of(make_problem(num_k_clusters=8))
     problem = case.problem
     problem.q_offsets[:] = torch.tensor([0, 10, 20, 30, 40, 130, 130], dtype=torch.int32)
@@ -55,7 +62,7 @@ def test_ties_go_to_the_first_in_order(priorities: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_broken_row_keeps_everything_and_no_other_row_pays(bad: float) -> None:
+def test_a_broken_row_keeps_everything_and_no_other_row_pays(cpu: ModuleType, bad: float) -> None:
     case = FirstOrder.of(make_problem(num_k_clusters=20))
     args = list(case.select_args(0.2))
     cluster = int(case.problem.k_offsets[0, 1].diff()[:20].argmax())
@@ -67,6 +74,6 @@ def test_a_broken_row_keeps_everything_and_no_other_row_pays(bad: float) -> None
     assert torch.equal(actual[0, 1, 2, :20], filled)
 
 
-def test_no_batch_gives_no_map() -> None:
+def test_no_batch_gives_no_map(cpu: ModuleType) -> None:
     case = FirstOrder.of(make_problem(batch=0))
     assert cpu.select_blocks_of_layer(*case.select_args(0.2)).shape == (0, 2, 6, 11)

@@ -28,6 +28,7 @@ from tests.zoo.models import build
 PLAIN = {"compensation": "none"}
 EAR = {"top_p": 0.8, "compensation": "centroid", "routing": "error"}
 FIRST_ORDER = {"density": 0.5, "compensation": "first_order"}
+GUARD = {**FIRST_ORDER, "target_error": 0.02}
 KEPT: list[tuple[fx.GraphModule, list[Any]]] = []
 
 
@@ -78,25 +79,33 @@ def rehearse(name: str, options: dict[str, Any]) -> tuple[fx.GraphModule, list[L
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("wan_t2v", PLAIN), ("hunyuan_video", EAR), ("ltx_video", PLAIN), ("hunyuan_video", FIRST_ORDER)],
+    [
+        ("wan_t2v", PLAIN),
+        ("hunyuan_video", EAR),
+        ("ltx_video", PLAIN),
+        ("hunyuan_video", FIRST_ORDER),
+        ("wan_t2v", GUARD),
+    ],
 )
 def test_from_torch_compile_to_launches_without_a_host_read(name: str, options: dict[str, Any]) -> None:
     graph, launches = rehearse(name, options)
     names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert not [name for name in names if "_local_scalar_dense" in name or "nonzero" in name or ".item" in name]
-    attention = "first_order_attention" if options == FIRST_ORDER else "block_sparse_attention"
+    first_order = options in (FIRST_ORDER, GUARD)
+    attention = "first_order_attention" if first_order else "block_sparse_attention"
     sites = sum(f"svg2.{attention}" in name for name in names)
     kernels = Counter(launch.name for launch in launches)
     assert sites >= 1
     assert kernels["attend"] >= sites  # one per pass
     assert kernels["_assign"] == kernels["_update"] >= 2 * sites  # one per iteration, queries and keys
     assert kernels["_start"] == 2 * sites
-    assert kernels["_select_rows"] == (0 if options == FIRST_ORDER else sites)
+    assert kernels["_select_rows"] == (0 if first_order else sites)
     for kernel in ("_log_errors", "_cluster_means"):
         assert kernels[kernel] == (0 if options == PLAIN else sites)
     for kernel in ("_cluster_variances", "_write_map", "_residuals", "_slopes"):
-        assert kernels[kernel] == (sites if options == FIRST_ORDER else 0)
-    assert kernels["_count_digits"] == (8 * sites if options == FIRST_ORDER else 0)
+        assert kernels[kernel] == (sites if first_order else 0)
+    assert kernels["_count_digits"] == (8 * sites if first_order else 0)
+    assert kernels["_exact_rows"] == (sites if options == GUARD else 0)
 
 
 @pytest.mark.parametrize("options", [EAR, FIRST_ORDER])

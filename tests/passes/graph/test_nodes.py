@@ -32,6 +32,7 @@ def test_arguments_by_name():
         ("L['self'].__dict__['_modules']['blocks'].3.attn1", "blocks.3.attn1"),
         ("L['self']._modules['blocks'][3].attn1", "blocks.3.attn1"),
         ("L['fn'].__self__.transformer.attn", "transformer.attn"),
+        ("L['self'].blocks.0.forward.func.__closure__[0].cell_contents.forward.attn1", "blocks.0.attn1"),
         ("blocks.3.attn1", "blocks.3.attn1"),
     ],
 )

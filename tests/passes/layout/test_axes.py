@@ -75,6 +75,14 @@ def test_collapse_of_a_product_joins_sources_or_mixes() -> None:
     assert collapse(UNKNOWN) is None
 
 
+def test_collapse_lists_the_runs_of_every_shard() -> None:
+    runs = (segment("text", 8), segment("video", 32))
+    assert collapse(make_axis([(segment("", 3),), runs])) == runs * 3
+    for count in (N, 200):
+        (mixed,) = collapse(make_axis([(segment("", count),), runs])) or ()
+        assert MIXED in mixed.sources and mixed.length == 40 * count
+
+
 def test_resample_mixes_across_a_boundary_only() -> None:
     assert resample(single(VIDEO, 32), 16) == single(VIDEO, 16)
     assert resample(joint(("text", 8), ("video", 32)), 20) == single({"text", "video", MIXED}, 20)

@@ -1,0 +1,154 @@
+// svg2::block_estimates: exact masses of key clusters at query centroids, and the errors of compensating them.
+
+#include "clusters.h"
+
+namespace svg2 {
+namespace {
+
+constexpr int64_t CLUSTERS_PER_ITEM = 64;
+
+// ln m_ij and ln e_ij of one cluster for a strip. With d_t = s q.(k_t - c_j) and the largest of them (or 0) as shift, all weights are
+// e^(s q.c_j + shift) times w_t = e^(d_t - shift) - e^(-shift): nothing overflows, and nothing large cancels. The sum over t of
+// w_t (v_t - o) is that of w_t (v_t - v_j) and (sum_t w_t) (v_j - o).
+template <int V>
+void estimate(
+    const ClustersCall& call, const QueryStrip& strip, Cluster& keys, int64_t kv_row, int64_t cluster,
+    const float* mean_scores, const float* outputs, float* weights, float* sums) {
+    const int64_t columns = up_to_rows(call.value_dim), size = keys.size(cluster);
+    float* mass_rows = rows_of_head(call.mass, call, kv_row, call.k_clusters + 2);
+    float* error_rows = rows_of_head(call.error, call, kv_row, call.k_clusters);
+    if (size == 0) {  // its mean may be anything
+        for (int64_t query = strip.first; query < strip.first + strip.rows; ++query) {
+            mass_rows[query * (call.k_clusters + 2) + cluster] = -__builtin_inff();
+            error_rows[query * call.k_clusters + cluster] = -__builtin_inff();
+        }
+        return;
+    }
+    Vec shift[V] = {}, total[V] = {}, at_mean[V];
+    std::memset(sums, 0, columns * V * LANES * sizeof(float));
+    KeyBlock block;
+    for (int64_t at = 0; at < size; at += block.count) {
+        keys.read(cluster, at, true, block);
+        Vec largest[V], factor[V];
+        SVG2_UNROLL for (int v = 0; v < V; ++v) largest[v] = broadcast(-__builtin_inff());
+        for (int64_t i = 0; i < block.count; i += ROWS) {
+            scores_of_rows<V>(block.keys + i, block.bias + i, strip.queries, call.dim, weights + i * V * LANES, largest);
+        }
+        SVG2_UNROLL for (int v = 0; v < V; ++v) {
+            const Vec most = larger(largest[v] * broadcast(LOG2_E), shift[v]);
+            factor[v] = shift[v] - most;
+            shift[v] = most;
+            at_mean[v] = -most;
+        }
+        exp2<V>(factor);
+        exp2<V>(at_mean);
+        SVG2_UNROLL for (int v = 0; v < V; ++v) total[v] *= factor[v];
+        for (int64_t i = 0; i < block.count; ++i) {
+            Vec weight[V];
+            float* at_row = weights + i * V * LANES;
+            SVG2_UNROLL for (int v = 0; v < V; ++v) weight[v] = load(at_row + v * LANES) * broadcast(LOG2_E) - shift[v];
+            exp2<V>(weight);
+            SVG2_UNROLL for (int v = 0; v < V; ++v) {
+                weight[v] -= at_mean[v];
+                store(at_row + v * LANES, weight[v]);
+                total[v] += weight[v];
+            }
+        }
+        for (int64_t column = 0; column < columns; column += ROWS) {
+            add_weighted_columns<V>(
+                block.values, block.count, weights, column, factor, sums + column * V * LANES);
+        }
+    }
+    const float* mean = keys.value_mean(cluster);
+    Vec squares[V] = {};
+    for (int64_t c = 0; c < call.value_dim; ++c) {
+        SVG2_UNROLL for (int v = 0; v < V; ++v) {
+            const int64_t at = (c * V + v) * LANES;
+            const Vec sum = load(sums + at) + total[v] * (mean[c] - load(outputs + at));
+            squares[v] += sum * sum;
+        }
+    }
+    SVG2_UNROLL for (int v = 0; v < V; ++v) {
+        const Vec base = load(mean_scores + v * LANES) + shift[v] * broadcast((float)LN_2);
+        const Vec mass = log(total[v] + at_mean[v] * (float)size) + base, error = log(squares[v]) + base + base;
+        for (int lane = 0; lane < LANES && v * LANES + lane < strip.rows; ++lane) {
+            const int64_t query = strip.first + v * LANES + lane;
+            mass_rows[query * (call.k_clusters + 2) + cluster] = mass[lane];
+            error_rows[query * call.k_clusters + cluster] = error[lane];
+        }
+    }
+}
+
+// An item is up to CLUSTERS_PER_ITEM clusters and all queries of one key head.
+struct EstimateRunner {
+    const ClustersCall& call;
+    float* floats;
+
+    static int64_t floats_needed(const ClustersCall& call) {
+        const int64_t columns = up_to_rows(call.value_dim), wide = std::max(call.dim, columns);
+        return Cluster::floats_needed(call) + STRIP * (KEYS_PER_BLOCK + CLUSTERS_PER_ITEM + columns + 3 * wide);
+    }
+
+    void run(int64_t kv_row, int64_t first_cluster) const {
+        const int64_t columns = up_to_rows(call.value_dim), wide = std::max(call.dim, columns);
+        float* weights = floats + Cluster::floats_needed(call);
+        float* mean_scores = weights + STRIP * KEYS_PER_BLOCK;
+        float* sums = mean_scores + STRIP * CLUSTERS_PER_ITEM;
+        float *by_row = sums + STRIP * columns, *queries = by_row + STRIP * wide, *outputs = queries + STRIP * wide;
+        const int64_t last = std::min(first_cluster + CLUSTERS_PER_ITEM, call.k_clusters);
+        Cluster keys(call, kv_row, floats);
+        for (int64_t first = 0; first < call.queries();) {
+            const int most = vectors_of_strip((call.queries() - first + LANES - 1) / LANES);
+            const QueryStrip strip = read_strip(call, kv_row, first, most, by_row, queries);
+            const float* from = rows_of_head(call.outputs, call, kv_row, call.value_dim);
+            const auto row_of = [&](int64_t lane) { return (const char*)(from + (first + lane) * call.value_dim); };
+            read_lanes(row_of, strip.rows, strip.width(), FLOAT32, call.value_dim, 1.0f, by_row, outputs);
+            with_vectors(strip.vectors, [&](auto v) {
+                constexpr int V = decltype(v)::value;
+                scores_of_means<V>(strip, keys, first_cluster, last, mean_scores);
+                for (int64_t j = first_cluster; j < last; ++j) {
+                    const float* scores = mean_scores + (j - first_cluster) * V * LANES;
+                    estimate<V>(call, strip, keys, kv_row, j, scores, outputs, weights, sums);
+                }
+            });
+            first += strip.rows;
+        }
+    }
+
+    template <int V>
+    void scores_of_means(
+        const QueryStrip& strip, const Cluster& keys, int64_t first, int64_t last, float* mean_scores) const {
+        for (int64_t j = first; j < last; j += ROWS) {
+            const float* rows[ROWS];
+            const float bias[ROWS] = {};
+            Vec largest[V] = {};
+            for (int r = 0; r < ROWS; ++r) rows[r] = keys.key_mean(std::min(j + r, last - 1));
+            scores_of_rows<V>(rows, bias, strip.queries, call.dim, mean_scores + (j - first) * V * LANES, largest);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace svg2
+
+extern "C" {
+
+SVG2_EXPORT int64_t svg2_estimates_call_bytes() { return sizeof(svg2::ClustersCall); }
+
+// 0, or 1 where there is not enough memory.
+SVG2_EXPORT int64_t svg2_estimates(const svg2::ClustersCall* call) {
+    using namespace svg2;
+    try {
+        const Workspace workspace(call->threads, EstimateRunner::floats_needed(*call));
+        if (workspace.missing()) return 1;
+        const int64_t chunks = (call->k_clusters + CLUSTERS_PER_ITEM - 1) / CLUSTERS_PER_ITEM;
+        for_each_item(call->batch * call->kv_heads * chunks, call->threads, [&](int64_t item, int64_t thread) {
+            const EstimateRunner runner{*call, workspace.of_thread(thread)};
+            runner.run(item / chunks, item % chunks * CLUSTERS_PER_ITEM);
+        });
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+}

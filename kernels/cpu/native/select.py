@@ -1,0 +1,74 @@
+"""The selection of one budget for all heads, in native code."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from svg2_compile.kernels.cpu.native.calls import VECTOR, call_native, pointer, threads_for
+from svg2_compile.kernels.cpu.select import add_context_and_null
+
+__all__ = ["select_blocks_of_layer"]
+
+_POINTERS = (
+    "log_mass",
+    "log_error",
+    "q_variances",
+    "k_centroids",
+    "q_sizes",
+    "k_offsets",
+    "block_map",
+    "priority",
+)
+_SIZES = ("batch", "q_heads", "kv_heads", "dim", "q_clusters", "k_clusters", "threads")
+
+
+class SelectCall(ctypes.Structure):
+    """As ``SelectCall`` of select.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("scale", ctypes.c_double),
+        ("density", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in _SIZES),
+    ]
+
+
+def select_blocks_of_layer(
+    log_mass: Tensor,
+    log_error: Tensor,
+    q_variances: Tensor,
+    k_centroids: Tensor,
+    q_sizes: Tensor,
+    k_offsets: Tensor,
+    scale: float,
+    density: Tensor,
+) -> Tensor:
+    """The blocks of most error per pair over all heads of a batch item; see ``ops.select_blocks_of_layer``."""
+    if float(density) >= 1:
+        return add_context_and_null(torch.ones_like(log_error, dtype=torch.bool))
+    batch, q_heads, q_clusters, k_clusters = log_error.shape
+    kv_heads, _, dim = k_centroids.shape[1:]
+    block_map = log_error.new_zeros(batch, q_heads, q_clusters + 2, k_clusters + 2, dtype=torch.bool)
+    block_map[..., -2, :] = True
+    block_map[..., -2] = True
+    block_map[..., -1] = False
+    given = (log_mass, log_error, q_variances, k_centroids, q_sizes, k_offsets, block_map)
+    kept_alive = [x.contiguous() for x in (*given, torch.empty_like(log_error))]
+    call = SelectCall(*map(pointer, kept_alive), scale, float(density))
+    sizes = (
+        batch,
+        q_heads,
+        kv_heads,
+        dim,
+        q_clusters,
+        k_clusters,
+        threads_for(log_error.numel() * (dim / VECTOR + 20)),
+    )
+    for name, size in zip(_SIZES, sizes, strict=True):
+        setattr(call, name, size)
+    if log_error.numel() > 0:
+        call_native("select", call)
+    return block_map

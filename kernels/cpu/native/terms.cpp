@@ -1,0 +1,190 @@
+// svg2::first_order_terms: what the means of skipped clusters leave out, at a query centroid (residual) and next to it (slope).
+
+#include "clusters.h"
+
+namespace svg2 {
+namespace {
+
+// D_i of the queries of a strip. An item is a strip.
+struct ResidualRunner {
+    const ClustersCall& call;
+    float* floats;
+
+    static int64_t floats_needed(const ClustersCall& call) {
+        const int64_t columns = up_to_rows(call.value_dim);
+        return Cluster::floats_needed(call) + STRIP * (KEYS_PER_BLOCK + call.k_clusters + columns + 2 * call.dim);
+    }
+
+    void run(int64_t kv_row, int64_t first, int most_vectors) const {
+        const int64_t columns = up_to_rows(call.value_dim);
+        float* weights = floats + Cluster::floats_needed(call);
+        float *shifts = weights + STRIP * KEYS_PER_BLOCK, *sums = shifts + STRIP * call.k_clusters;
+        float *by_row = sums + STRIP * columns, *queries = by_row + STRIP * call.dim;
+        const QueryStrip strip = read_strip(call, kv_row, first, most_vectors, by_row, queries);
+        Cluster keys(call, kv_row, floats);
+        std::memset(sums, 0, columns * strip.width() * sizeof(float));
+        read_shifts(strip, keys, kv_row, shifts);
+        for (int64_t j = 0; j < call.k_clusters; ++j) {
+            const float* shift = shifts + j * strip.width();
+            const auto skips = [](float x) { return x != __builtin_inff(); };
+            if (std::none_of(shift, shift + strip.rows, skips)) continue;
+            with_vectors(strip.vectors, [&](auto v) {
+                add_cluster<decltype(v)::value>(strip, keys, j, shift, weights, sums);
+            });
+        }
+        float* residual = rows_of_head(call.residual, call, kv_row, call.value_dim);
+        for (int64_t lane = 0; lane < strip.rows; ++lane) {
+            for (int64_t c = 0; c < call.value_dim; ++c) {
+                residual[(first + lane) * call.value_dim + c] = sums[c * strip.width() + lane];
+            }
+        }
+    }
+
+    // shifts[j][lane] is log2 of the mass of all that the query skips, so that its weights have the sum 1; infinite where it
+    // does not skip j.
+    void read_shifts(const QueryStrip& strip, const Cluster& keys, int64_t kv_row, float* shifts) const {
+        const int64_t k_clusters = call.k_clusters, width = strip.width();
+        for (int64_t i = 0; i < width * k_clusters; ++i) shifts[i] = __builtin_inff();
+        for (int64_t lane = 0; lane < strip.rows; ++lane) {
+            const int64_t query = strip.first + lane, head = query / call.q_clusters, i = query % call.q_clusters;
+            const int64_t q_row = kv_row * (call.q_heads / call.kv_heads) + head;
+            const uint8_t* selected = call.block_map + (q_row * (call.q_clusters + 2) + i) * (k_clusters + 2);
+            const float* mass = call.log_mass + (q_row * call.q_clusters + i) * (k_clusters + 2);
+            const auto skips = [&](int64_t j) { return !selected[j] && keys.size(j) > 0; };
+            float largest = -__builtin_inff(), sum = 0.0f;
+            for (int64_t j = 0; j < k_clusters; ++j) {
+                if (skips(j)) largest = std::max(largest, mass[j]);
+            }
+            for (int64_t j = 0; j < k_clusters; ++j) {
+                if (skips(j)) sum += std::exp(mass[j] - largest);
+            }
+            const float shift = (largest + std::log(sum)) * LOG2_E;
+            for (int64_t j = 0; j < k_clusters; ++j) {
+                if (skips(j)) shifts[j * width + lane] = shift;
+            }
+        }
+    }
+
+    template <int V>
+    void add_cluster(
+        const QueryStrip& strip, Cluster& keys, int64_t cluster, const float* shifts, float* weights, float* sums) const {
+        Vec one[V], shift[V], largest[V] = {};
+        SVG2_UNROLL for (int v = 0; v < V; ++v) {
+            one[v] = broadcast(1.0f);
+            shift[v] = load(shifts + v * LANES);
+        }
+        const int64_t columns = up_to_rows(call.value_dim), size = keys.size(cluster);
+        KeyBlock block;
+        for (int64_t at = 0; at < size; at += block.count) {
+            keys.read(cluster, at, false, block);
+            for (int64_t i = 0; i < block.count; i += ROWS) {
+                scores_of_rows<V>(
+                    block.keys + i, block.bias + i, strip.queries, call.dim, weights + i * V * LANES, largest);
+            }
+            for (int64_t i = 0; i < block.count; ++i) {
+                Vec weight[V];
+                float* at_row = weights + i * V * LANES;
+                SVG2_UNROLL for (int v = 0; v < V; ++v) {
+                    weight[v] = load(at_row + v * LANES) * broadcast(LOG2_E) - shift[v];
+                }
+                exp2<V>(weight);
+                SVG2_UNROLL for (int v = 0; v < V; ++v) store(at_row + v * LANES, weight[v]);
+            }
+            for (int64_t column = 0; column < columns; column += ROWS) {
+                add_weighted_columns<V>(block.values, block.count, weights, column, one, sums + column * V * LANES);
+            }
+        }
+    }
+};
+
+// The sum over the keys of a part of the clusters of (k_t - c_j) (v_t - v_j)'. Key columns lie in the lanes.
+struct SlopeRunner {
+    const ClustersCall& call;
+    float* floats;
+
+    static int64_t lanes_of(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
+    static int64_t floats_needed(const ClustersCall& call) {
+        const int64_t columns = up_to_rows(call.value_dim);
+        return Cluster::floats_needed(call) + STRIP * KEYS_PER_BLOCK + columns * lanes_of(call.dim);
+    }
+
+    void run(int64_t kv_row, int64_t part) const {
+        const int64_t columns = up_to_rows(call.value_dim);
+        float *lanes = floats + Cluster::floats_needed(call), *sums = lanes + STRIP * KEYS_PER_BLOCK;
+        Cluster keys(call, kv_row, floats);
+        std::memset(sums, 0, columns * lanes_of(call.dim) * sizeof(float));
+        KeyBlock block;
+        const int64_t last = (part + 1) * call.k_clusters / call.slope_parts;
+        for (int64_t j = part * call.k_clusters / call.slope_parts; j < last; ++j) {
+            for (int64_t at = 0; at < keys.size(j); at += block.count) {
+                keys.read(j, at, true, block);
+                for_groups([&](int64_t d, int vectors) { add_block(block, d, vectors, lanes, sums + d * columns); });
+            }
+        }
+        float* slope = call.slope + (kv_row * call.slope_parts + part) * call.dim * call.value_dim;
+        for_groups([&](int64_t first, int vectors) {
+            for (int64_t d = first; d < std::min(call.dim, first + vectors * LANES); ++d) {
+                for (int64_t c = 0; c < call.value_dim; ++c) {
+                    slope[d * call.value_dim + c] = sums[first * columns + c * vectors * LANES + d - first];
+                }
+            }
+        });
+    }
+
+    template <class Function>
+    void for_groups(const Function& function) const {
+        for (int64_t d = 0; d < call.dim;) {
+            const int vectors = vectors_of_strip((call.dim - d + LANES - 1) / LANES);
+            function(d, vectors);
+            d += vectors * LANES;
+        }
+    }
+
+    void add_block(const KeyBlock& block, int64_t first, int vectors, float* lanes, float* sums) const {
+        const int64_t width = vectors * LANES, given = std::min(width, call.dim - first);
+        for (int64_t i = 0; i < block.count; ++i) {
+            std::memcpy(lanes + i * width, block.keys[i] + first, given * sizeof(float));
+            std::fill(lanes + i * width + given, lanes + (i + 1) * width, 0.0f);
+        }
+        with_vectors(vectors, [&](auto v) {
+            constexpr int V = decltype(v)::value;
+            Vec one[V];
+            SVG2_UNROLL for (int u = 0; u < V; ++u) one[u] = broadcast(1.0f);
+            for (int64_t column = 0; column < up_to_rows(call.value_dim); column += ROWS) {
+                add_weighted_columns<V>(block.values, block.count, lanes, column, one, sums + column * V * LANES);
+            }
+        });
+    }
+};
+
+}  // namespace
+}  // namespace svg2
+
+extern "C" {
+
+SVG2_EXPORT int64_t svg2_terms_call_bytes() { return sizeof(svg2::ClustersCall); }
+
+// 0, or 1 where there is not enough memory.
+SVG2_EXPORT int64_t svg2_terms(const svg2::ClustersCall* call) {
+    using namespace svg2;
+    try {
+        const int64_t needed = std::max(ResidualRunner::floats_needed(*call), SlopeRunner::floats_needed(*call));
+        const Workspace workspace(call->threads, needed);
+        if (workspace.missing()) return 1;
+        const int64_t heads = call->batch * call->kv_heads;
+        int vectors = VECTORS;  // narrower strips where there are threads without any
+        const auto strips_of = [&] { return (call->queries() + vectors * LANES - 1) / (vectors * LANES); };
+        while (vectors > 1 && heads * strips_of() < 2 * call->threads) --vectors;
+        const int64_t strips = strips_of(), residuals = heads * strips;
+        for_each_item(residuals + heads * call->slope_parts, call->threads, [&](int64_t item, int64_t thread) {
+            float* floats = workspace.of_thread(thread);
+            const int64_t part = item - residuals;
+            if (part < 0) ResidualRunner{*call, floats}.run(item / strips, item % strips * vectors * LANES, vectors);
+            else SlopeRunner{*call, floats}.run(part / call->slope_parts, part % call->slope_parts);
+        });
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+}

@@ -1,0 +1,122 @@
+// Ops that move or sum tokens: svg2::cluster_order, permute_tokens and unpermute_tokens, cluster_means and cluster_variances.
+
+#include <new>
+
+#include "parallel.h"
+#include "rows.h"
+
+namespace svg2 {
+namespace {
+
+// Mirrored in tokens.py. Tensors are contiguous but for x and out; what an op does not need is null.
+struct TokensCall {
+    Tokens x, out;
+    int32_t* order;  // [B, H, N]: the token at a position
+    int32_t* offsets;  // [B, H, C + 3]
+    const int32_t* labels;  // [B, H, video tokens]
+    const uint8_t* valid;  // [B, 1 or H, N] or null
+    const float* centroids;  // [B, H, C, D] or null: sums of squares of differences to them instead of sums
+    float* means;  // [B, H, C, D]
+    int64_t batch, heads, num_tokens, dim, clusters, start, video_tokens, valid_heads, inverse, threads;
+};
+
+constexpr int64_t ROWS_PER_ITEM = 1024;
+constexpr int64_t CLUSTERS_PER_ITEM = 16;
+
+// A counting sort of the tokens of one head by block: stable, two passes over the labels.
+void order_head(const TokensCall& call, int64_t head) {
+    const int64_t b = head / call.heads, h = head % call.heads, boundaries = call.clusters + 3;
+    const int32_t* labels = call.labels + head * call.video_tokens;
+    const uint8_t* valid = nullptr;
+    if (call.valid) valid = call.valid + (b * call.valid_heads + (call.valid_heads > 1 ? h : 0)) * call.num_tokens;
+    const auto block_of = [&](int64_t token) -> int64_t {
+        if (valid && !valid[token]) return call.clusters + 1;
+        const int64_t place = token - call.start;
+        return place >= 0 && place < call.video_tokens ? labels[place] : call.clusters;
+    };
+    int32_t* offsets = call.offsets + head * boundaries;
+    int32_t* order = call.order + head * call.num_tokens;
+    // offsets[i + 1] counts the tokens of block i, then is where its next one goes, and in the end is where it ends.
+    std::memset(offsets, 0, boundaries * sizeof(int32_t));
+    for (int64_t token = 0; token < call.num_tokens; ++token) ++offsets[block_of(token) + 1];
+    int32_t before = 0;
+    for (int64_t i = 1; i < boundaries; ++i) {
+        const int32_t size = offsets[i];
+        offsets[i] = before;
+        before += size;
+    }
+    for (int64_t token = 0; token < call.num_tokens; ++token) order[offsets[block_of(token) + 1]++] = (int32_t)token;
+}
+
+// Rows of one head from `first` position on, to their positions, or inversely from them to their tokens.
+void permute_rows(const TokensCall& call, int64_t head, int64_t first) {
+    const int64_t b = head / call.heads, h = head % call.heads, bytes = call.dim * call.x.bytes_per_element();
+    const int32_t* order = call.order + head * call.num_tokens;
+    const int64_t last = first + ROWS_PER_ITEM < call.num_tokens ? first + ROWS_PER_ITEM : call.num_tokens;
+    for (int64_t position = first; position < last; ++position) {
+        const int64_t token = order[position];
+        const int64_t from = call.inverse ? position : token, to = call.inverse ? token : position;
+        std::memcpy(call.out.row(b, h, to), call.x.row(b, h, from), bytes);
+    }
+}
+
+// Of one cluster the mean of its rows, or of the squares of their differences to its centroid. row: dim floats.
+void mean_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, float* row) {
+    const int64_t b = head / call.heads, h = head % call.heads;
+    const int32_t* offsets = call.offsets + head * (call.clusters + 3) + cluster;
+    const int32_t* order = call.order ? call.order + head * call.num_tokens : nullptr;
+    float* mean = call.means + (head * call.clusters + cluster) * call.dim;
+    const float* centroid = call.centroids ? call.centroids + (head * call.clusters + cluster) * call.dim : nullptr;
+    std::memset(mean, 0, call.dim * sizeof(float));
+    for (int64_t position = offsets[0]; position < offsets[1]; ++position) {
+        read_row(call.x.row(b, h, order ? order[position] : position), call.x.type, call.dim, row);
+        if (centroid) {
+            for (int64_t d = 0; d < call.dim; ++d) mean[d] += (row[d] - centroid[d]) * (row[d] - centroid[d]);
+        } else {
+            for (int64_t d = 0; d < call.dim; ++d) mean[d] += row[d];
+        }
+    }
+    const int64_t size = offsets[1] - offsets[0];
+    for (int64_t d = 0; d < call.dim && size > 0; ++d) mean[d] /= (float)size;
+}
+
+int64_t pieces(int64_t count, int64_t of) { return (count + of - 1) / of; }
+
+}  // namespace
+}  // namespace svg2
+
+extern "C" {
+
+SVG2_EXPORT int64_t svg2_order_call_bytes() { return sizeof(svg2::TokensCall); }
+SVG2_EXPORT int64_t svg2_permute_call_bytes() { return sizeof(svg2::TokensCall); }
+SVG2_EXPORT int64_t svg2_means_call_bytes() { return sizeof(svg2::TokensCall); }
+
+// All return 0, or 1 where there is not enough memory.
+SVG2_EXPORT int64_t svg2_order(const svg2::TokensCall* call) {
+    svg2::for_each_item(call->batch * call->heads, call->threads, [&](int64_t head, int64_t) {
+        svg2::order_head(*call, head);
+    });
+    return 0;
+}
+
+SVG2_EXPORT int64_t svg2_permute(const svg2::TokensCall* call) {
+    const int64_t per_head = svg2::pieces(call->num_tokens, svg2::ROWS_PER_ITEM);
+    svg2::for_each_item(call->batch * call->heads * per_head, call->threads, [&](int64_t item, int64_t) {
+        svg2::permute_rows(*call, item / per_head, item % per_head * svg2::ROWS_PER_ITEM);
+    });
+    return 0;
+}
+
+SVG2_EXPORT int64_t svg2_means(const svg2::TokensCall* call) {
+    const svg2::Workspace workspace(call->threads, call->dim);
+    if (workspace.missing()) return 1;
+    const int64_t per_head = svg2::pieces(call->clusters, svg2::CLUSTERS_PER_ITEM);
+    svg2::for_each_item(call->batch * call->heads * per_head, call->threads, [&](int64_t item, int64_t thread) {
+        const int64_t first = item % per_head * svg2::CLUSTERS_PER_ITEM;
+        for (int64_t c = first; c < first + svg2::CLUSTERS_PER_ITEM && c < call->clusters; ++c) {
+            svg2::mean_of_cluster(*call, item / per_head, c, workspace.of_thread(thread));
+        }
+    });
+    return 0;
+}
+}
