@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench.recipes import RECIPES
+from bench.checkouts.recipes import RECIPES
 
 SIZES = ((5, 16, 24), (3, 24, 32), (2, 16, 20))
 OPTIONS: dict[str, Any] = {
@@ -121,15 +121,15 @@ def page(folder: Path) -> str:
 _NOT_YET = (
     "`cross_attention` and `not_video` (text that attends to itself) are dense by design.",
     "",
-    "Packed rows in which the padding of the text is a sequence of its own (HunyuanVideo's default mode) are sparse: the "
-    "valid tokens by clusters, the padding by the operator itself. Where the starts of the sequences are others when the "
-    "model runs, its result is the operator's, and the report shows a density of 100 %.",
+    "Packed rows in which the padding of the text is a sequence of its own (HunyuanVideo's default mode) are sparse: "
+    "the valid tokens by clusters, the padding by the operator itself. Where the starts of the sequences are others "
+    "when the model runs, its result is the operator's, and the report shows a density of 100 %.",
     "",
     "What stays dense in such code, and why:",
     "",
-    "- Tokens that a mask picks before attention and that are put back behind it (flash-attn's `unpad_input`: HunyuanVideo "
-    "1.5's own flash mode, Mochi's flash mode with a batch of several): how many there are, and which, is data. They stay "
-    "dense: with `unknown_layout`, or with the warning that no attention ran in a compiled graph.",
+    "- Tokens that a mask picks before attention and that are put back behind it (flash-attn's `unpad_input`: "
+    "HunyuanVideo 1.5's own flash mode, Mochi's flash mode with a batch of several): how many there are, and which, is "
+    "data. They stay dense: with `unknown_layout`, or with the warning that no attention ran in a compiled graph.",
     "- HunyuanVideo 1.5's own torch mode gave no result within the limit of 500 s; why was not looked into.",
     "- Attention behind a graph break whose queries, keys and values are not of one length: the warning names the line "
     "and the way out.",
