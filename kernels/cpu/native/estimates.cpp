@@ -46,7 +46,9 @@ void estimate(
         for (int64_t i = 0; i < block.count; ++i) {
             Vec weight[V];
             float* at_row = weights + i * V * LANES;
-            SVG2_UNROLL for (int v = 0; v < V; ++v) weight[v] = load(at_row + v * LANES) * broadcast(LOG2_E) - shift[v];
+            SVG2_UNROLL for (int v = 0; v < V; ++v) {
+                weight[v] = rounded(load(at_row + v * LANES) * broadcast(LOG2_E)) - shift[v];
+            }
             exp2<V>(weight);
             SVG2_UNROLL for (int v = 0; v < V; ++v) {
                 weight[v] -= at_mean[v];

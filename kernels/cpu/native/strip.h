@@ -82,7 +82,9 @@ SVG2_INLINE void weights_of_block(Strip& strip, const KeyBlock& block, int64_t d
     for (int64_t key = 0; key < block.count; key += 2) {  // of the zeros up to a multiple of ROWS, the weights are 0
         Vec weight[2 * V];
         float* at = weights + key * V * LANES;
-        SVG2_UNROLL for (int i = 0; i < 2 * V; ++i) weight[i] = load(at + i * LANES) * broadcast(LOG2_E) - shift[i % V];
+        SVG2_UNROLL for (int i = 0; i < 2 * V; ++i) {
+            weight[i] = rounded(load(at + i * LANES) * broadcast(LOG2_E)) - shift[i % V];
+        }
         exp2<2 * V>(weight);
         SVG2_UNROLL for (int i = 0; i < 2 * V; ++i) {
             store(at + i * LANES, weight[i]);

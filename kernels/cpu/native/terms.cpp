@@ -85,7 +85,7 @@ struct ResidualRunner {
                 Vec weight[V];
                 float* at_row = weights + i * V * LANES;
                 SVG2_UNROLL for (int v = 0; v < V; ++v) {
-                    weight[v] = load(at_row + v * LANES) * broadcast(LOG2_E) - shift[v];
+                    weight[v] = rounded(load(at_row + v * LANES) * broadcast(LOG2_E)) - shift[v];
                 }
                 exp2<V>(weight);
                 SVG2_UNROLL for (int v = 0; v < V; ++v) store(at_row + v * LANES, weight[v]);

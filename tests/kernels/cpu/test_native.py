@@ -186,3 +186,16 @@ def test_native_results_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch
 def test_native_order_out_of_range_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"order lies in \[0, 9\]; valid: \[0, 3\)"):
         getattr(native_ops, name)(torch.zeros(1, 1, 3, 2), torch.tensor([[[0, 1, 9]]], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("magnitude", [1e3, 1e6, 1e9])
+def test_scores_of_any_size_have_weights(magnitude):
+    """The largest score of a row and its shift are rounded apart: that must not become a power of two of its own."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (magnitude * torch.randn(1, 2, 160, 16, generator=generator) for _ in range(3))
+    offsets = torch.tensor([0, 40, 80, 120, 150, 160, 160, 160], dtype=torch.int32).expand(1, 2, -1).contiguous()
+    every = torch.ones(1, 2, 7, 7, dtype=torch.bool)
+    with ops.use_implementation("native"):
+        out, _ = torch.ops.svg2.block_sparse_attention(query, key, value, offsets, offsets, every, 0.25)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.25)
+    torch.testing.assert_close(out / magnitude, expected / magnitude)
