@@ -15,7 +15,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from svg2_compile.passes.graph.values import node_value
 
-__all__ = ["InputSize", "SizeEmitter", "input_sizes", "plain_size", "solve_for_symbol", "traced_sizes"]
+__all__ = ["InputSize", "SizeEmitter", "input_sizes", "plain_size", "size_hints", "solve_for_symbol", "traced_sizes"]
 
 
 class InputSize(NamedTuple):
@@ -46,10 +46,14 @@ def input_sizes(graph: fx.Graph) -> dict[sympy.Symbol, InputSize]:
 
 def traced_sizes(shape_env: ShapeEnv | None) -> dict[sympy.Symbol, Any]:
     """The number that every symbol was traced with; those that depend on data are not among them."""
-    if shape_env is None:
-        return {}
+    return {} if shape_env is None else dict(size_hints(shape_env))
+
+
+def size_hints(shape_env: ShapeEnv) -> dict[sympy.Symbol, Any]:
+    """The same as the shape environment itself keeps it, to be changed there."""
     # Named var_to_val before torch 2.13.
-    return dict(shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val)
+    hints: Any = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+    return hints
 
 
 def plain_size(size: Any) -> Any:

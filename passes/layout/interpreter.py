@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from svg2_compile.passes.graph.collectives import rank_groups, sharding_nodes
 from svg2_compile.passes.graph.foreign_attention import ForeignAttention, read_foreign
+from svg2_compile.passes.graph.sizes import traced_sizes
 from svg2_compile.passes.graph.values import copy_number, fake_mode_of, is_parameter, node_value
 from svg2_compile.passes.layout.axes import Axes, single
 from svg2_compile.passes.layout.in_place import last_writes
@@ -84,7 +85,7 @@ class _Interpreter:
         self._mode = LayoutMode()
         self._values = SharedValues(self._mode) if share else None
         own_mode = fake_mode_of(gm)
-        self._known = dict(getattr(own_mode.shape_env, "backed_var_to_val", {}))
+        self._known = traced_sizes(own_mode.shape_env)
         self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if concrete else own_mode
         self._env: dict[fx.Node, Any] = {}
         self._last_write = last_writes(gm.graph)

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions as torch_functions
 
 from svg2_compile.export.errors import ExportError
-from svg2_compile.passes.graph.sizes import solve_for_symbol
+from svg2_compile.passes.graph.sizes import size_hints, solve_for_symbol
 from svg2_compile.passes.graph.values import fake_mode_of
 
 try:
@@ -107,8 +107,7 @@ def _repair_hints(program: ExportedProgram) -> None:
     shape_env = fake_mode_of(program.graph_module).shape_env
     if shape_env is None:
         return
-    # Named var_to_val before torch 2.13.
-    known = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+    known = size_hints(shape_env)
     for expression in [key for key in known if not isinstance(key, sympy.Symbol)]:
         value = known.pop(expression)
         solved = solve_for_symbol(expression)
