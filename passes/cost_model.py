@@ -7,6 +7,7 @@ crossover, not about the third digit.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -200,6 +201,7 @@ def speedup(cost: CostInputs, profile: DeviceProfile) -> Any:
     return dense_seconds(cost, profile) / sparse_seconds(cost, profile)
 
 
+@functools.lru_cache(maxsize=256)  # the layers of a model are alike
 def crossover_tokens(cost: CostInputs, profile: DeviceProfile) -> int | None:
     """The number of video tokens from which sparse is faster, all else as in ``cost``; None if it never is.
 

@@ -37,7 +37,7 @@ from svg2_compile.passes.sites import Site, SitePolicy, Skip, dense_layer_count,
 from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.token_layout import TokenLayouts
 
-__all__ = ["Parts", "decide_call", "decide_sites", "video_parts"]
+__all__ = ["Parts", "decide_call", "decide_sites", "numbered", "video_parts"]
 
 Parts = tuple[tuple[Any, Any], ...]
 """Start and length of every piece of the video on the token axis that queries and keys share."""
@@ -83,7 +83,7 @@ def decide_sites(
         names = [decision.name for decision in ordered if isinstance(decision, Site)]
         count = first_dense(names) if first_dense is not None else dense_layer_count(policy.dense_layers, len(names))
         ordered = _leave_first_layers_dense(ordered, count, dense_layer_detail(count, policy.dense_layers))
-    return _numbered(ordered)
+    return numbered(ordered)
 
 
 def _settle_the_shorter(decisions: list[Site | Skip]) -> list[Site | Skip]:
@@ -91,12 +91,10 @@ def _settle_the_shorter(decisions: list[Site | Skip]) -> list[Site | Skip]:
     the longest wait for another one: a short one beside them would keep them dense."""
     sites = [decision for decision in decisions if isinstance(decision, Site)]
     all_short = all(site.too_short is not None for site in sites)
-    longest = max((traced_video_tokens(site) for site in sites), default=0)
+    longest = max(map(traced_video_tokens, sites), default=None) if all_short else None
 
     def settle(decision: Site | Skip) -> Site | Skip:
-        if not isinstance(decision, Site) or decision.too_short is None:
-            return decision
-        if all_short and traced_video_tokens(decision) == longest:
+        if not isinstance(decision, Site) or decision.too_short is None or traced_video_tokens(decision) == longest:
             return decision
         return _skip_site(decision, decision.too_short.reason, decision.too_short.detail)
 
@@ -109,7 +107,8 @@ def _leave_first_layers_dense(decisions: list[Site | Skip], count: int, detail: 
     return [_skip_site(d, "dense_layer", detail) if isinstance(d, Site) and id(d) in first else d for d in decisions]
 
 
-def _numbered(decisions: list[Site | Skip]) -> list[Site | Skip]:
+def numbered(decisions: list[Site | Skip]) -> list[Site | Skip]:
+    """The decisions, their sites numbered in order."""
     result: list[Site | Skip] = []
     index = 0
     for decision in decisions:

@@ -154,8 +154,7 @@ def _hoist_orders(graph: fx.Graph, placeholders: _Placeholders, sites: Sequence[
         if order is not None:
             index = site.site.index
             state = placeholders.append(f"svg2_{index}_order", order.node)
-            order.node.replace_all_uses_with(state)
-            _erase_unused(graph, order.node)
+            _replace(graph, order.node, state)
             slots.append(OrderSlot(index, order.heads, order.ranks, order.group))
     return tuple(slots)
 

@@ -41,15 +41,16 @@ def can_specialise(gm: fx.GraphModule) -> bool:
     if shape_env is None or shape_env.frozen or not any(hasattr(node, "_dynamo_source") for node in placeholders):
         return False
     symbols = _symbols_of(gm.graph.nodes)
-    return bool(symbols) and all(symbol in traced_sizes(shape_env) for symbol in symbols) and not _declared(shape_env)
+    return bool(symbols) and symbols <= traced_sizes(shape_env).keys() and not _declared(shape_env)
 
 
 def specialise(gm: fx.GraphModule) -> None:
     """Guard every symbol of the inputs to be the number that was traced."""
     shape_env = _shape_env(gm)
     assert shape_env is not None
+    known = traced_sizes(shape_env)
     for symbol in sorted(_symbols_of(gm.graph.nodes), key=str):
-        shape_env.evaluate_expr(sympy.Eq(symbol, traced_sizes(shape_env)[symbol]))
+        shape_env.evaluate_expr(sympy.Eq(symbol, known[symbol]))
 
 
 def guard_signs(gm: fx.GraphModule) -> None:
@@ -57,8 +58,9 @@ def guard_signs(gm: fx.GraphModule) -> None:
     shape_env = _shape_env(gm)
     if shape_env is None or shape_env.frozen:
         return
+    known = traced_sizes(shape_env)
     for symbol in _unproven_signs(gm, shape_env):
-        if symbol in traced_sizes(shape_env):
+        if symbol in known:
             shape_env.evaluate_expr(sympy.Ge(symbol, 0))
 
 

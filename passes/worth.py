@@ -82,8 +82,6 @@ class Worth:
             if self.profile is REFERENCE or cost is None:
                 return False
             return not cost.groups or crossover_tokens(cost, self.profile) is not None
-        if not _is_symbolic(self.cost.video):
-            return False
         bounds = bound_sympy(self.cost.video, {s: r for s, r in ranges.items() if s in self.cost.video.free_symbols})
         return bool(bounds.lower < max(self.min_tokens, 1) <= bounds.upper)
 

@@ -19,7 +19,7 @@ from svg2_compile.passes.attention.find import find_attention
 from svg2_compile.passes.balance_heads import balance_heads
 from svg2_compile.passes.canonical import canonical_sites, erase_unused
 from svg2_compile.passes.cost_model import DeviceProfile, profile_for
-from svg2_compile.passes.decide_sites import Parts, decide_call, decide_sites
+from svg2_compile.passes.decide_sites import Parts, decide_call, decide_sites, numbered
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.inline_subgraphs import inline_subgraphs
 from svg2_compile.passes.sites import Site, Skip
@@ -146,8 +146,7 @@ def _decide_sites(c: Compilation) -> None:
 def _decide_said(c: Compilation) -> None:
     """Somebody says where the video is, so that no layout is followed."""
     policy = c.config.site_policy()
-    decisions = [decide_call(call, c.video_parts, policy, c.device, c.profile) for call in c.calls]
-    c.decisions = [replace(d, index=i) if isinstance(d, Site) else d for i, d in enumerate(decisions)]
+    c.decisions = numbered([decide_call(call, c.video_parts, policy, c.device, c.profile) for call in c.calls])
 
 
 def _decide_by_numbers(c: Compilation, negative: bool) -> None:

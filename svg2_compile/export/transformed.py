@@ -51,9 +51,8 @@ class TransformedProgram:
 
     Attributes:
         dense: the exported program as it was given (regions of no_grad or autocast around attention are dissolved).
-        sparse: the rewritten program: flat inputs, then centroids, ``seeded``, ``iters`` and, where heads share
-            a budget, the density; flat outputs, then new
-            centroids and densities. None if no attention became sparse.
+        sparse: the rewritten program: flat inputs, then centroids, ``seeded``, ``iters`` and, where heads share a
+            budget, the density; flat outputs, then new centroids and densities. None if no attention became sparse.
         spec: how ``sparse`` is called, weights not counted; None with ``sparse``.
         config: the settings used.
         sites: every attention with its decision.

@@ -196,16 +196,18 @@ class CompiledCall:
 
     def _tracing_is_right(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the model traced through its disabled functions, and run dense, gives what it gives as it stands."""
+
+        def leaves_of(call: Callable[..., Any]) -> list[Any]:
+            with kept_state(self._module):
+                own_args, own_kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))  # it may write to them
+                return tree_leaves(call(*own_args, **own_kwargs))
+
         with torch.random.fork_rng(), torch.no_grad():
             seed = torch.random.get_rng_state()
-            with kept_state(self._module):
-                own_args, own_kwargs = _own_tensors((args, kwargs))
-                expected = tree_leaves(self._module._call_impl(*own_args, **own_kwargs))
+            expected = leaves_of(self._module._call_impl)
             torch.random.set_rng_state(seed)
-            with kept_state(self._module), enabled_dynamo_settings():
-                traced = torch.compile(self._module._call_impl, backend="eager")
-                own_args, own_kwargs = _own_tensors((args, kwargs))
-                actual = tree_leaves(traced(*own_args, **own_kwargs))
+            with enabled_dynamo_settings():
+                actual = leaves_of(torch.compile(self._module._call_impl, backend="eager"))
         pairs = zip(expected, actual, strict=True)
         return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
@@ -219,11 +221,6 @@ class CompiledCall:
         )
         torch._dynamo.reset()
         self._forget()
-
-
-def _own_tensors(arguments: Any) -> Any:
-    """Arguments that a model may write to."""
-    return tree_map_only(torch.Tensor, torch.clone, arguments)
 
 
 def _as_tensor(argument: Any) -> Any:

@@ -24,7 +24,7 @@ from svg2_compile.runtime.request import Request
 from svg2_compile.runtime.standing import Standing
 from svg2_compile.settings.config import Svg2Config
 
-__all__ = ["RANKS_DIFFER", "Terms", "agreed"]
+__all__ = ["RANKS_DIFFER", "Talking", "Terms", "agreed"]
 
 RANKS_DIFFER = "ranks_differ"
 """Why a graph is dense that is sparse as far as this rank is concerned."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from svg2_compile.codegen.compiled_graph import CompiledGraph
 from svg2_compile.reporting.records import GraphReport, SiteReport
-from svg2_compile.runtime.agreement import Terms
+from svg2_compile.runtime.agreement import Talking
 from svg2_compile.runtime.layers import Layer, LayerTable
 from svg2_compile.runtime.request import Request
 from svg2_compile.runtime.standing import Standing
@@ -30,27 +30,15 @@ class CallPlan:
     reason: str
 
 
-class Program(Protocol):
+class Program(Talking, Protocol):
     """What a session needs to know of a program (see DenoisingProgram) to plan its calls and to report on it."""
 
-    number: int
-    name: str
     dense: CompiledGraph
     sparse: CompiledGraph | None
     regional: bool
     time_reader: TimeReader
     layers: LayerTable
-    sites: tuple[SiteReport, ...]
     graph_report: GraphReport
-    groups: tuple[str, ...]
-    terms: Terms | None
-
-    @property
-    def can_be_sparse(self) -> bool:
-        """Whether there is a sparse graph, and it has not failed."""
-
-    def prepare(self) -> None:
-        """Compile the sparse graph now."""
 
     def site_reports(self) -> list[SiteReport]:
         """Every attention of the program's graph."""

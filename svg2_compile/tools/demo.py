@@ -19,9 +19,6 @@ from svg2_compile.compare.subjects import shipped_subject
 __all__ = ["DemoOptions", "DemoResult", "run_demo"]
 
 
-"""A little below the default of svg2: on a CPU a video of this length gains little from more."""
-
-
 @dataclass(frozen=True)
 class DemoOptions:
     """What the demo runs: a prompt in the words of the model, pixels of the video, steps, and svg2's settings.

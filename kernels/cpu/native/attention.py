@@ -143,13 +143,12 @@ def _attention(
     if lse.numel() == 0 or value_dim == 0:
         return out, lse
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    sizes = (batch, q_heads, kv_heads, num_queries, num_keys, dim, value_dim)
-    call = AttentionCall(*map(tokens, (query, key, value, out)), scale=scale, lse=pointer(lse))
-    for name, x in given.items():
-        setattr(call, name, pointer(x))
-    clusters = (q_offsets.shape[2] - 3, k_offsets.shape[2] - 3)
     pairs = batch * q_heads * num_queries * num_keys  # at the most
-    for name, size in zip(_SIZES, (*sizes, *clusters, threads_for(pairs * (dim + value_dim) / VECTOR)), strict=True):
-        setattr(call, name, size)
+    sizes = (batch, q_heads, kv_heads, num_queries, num_keys, dim, value_dim)
+    clusters = (q_offsets.shape[2] - 3, k_offsets.shape[2] - 3)
+    counts = zip(_SIZES, (*sizes, *clusters, threads_for(pairs * (dim + value_dim) / VECTOR)), strict=True)
+    pointers = {name: pointer(x) for name, x in given.items()}
+    four = map(tokens, (query, key, value, out))
+    call = AttentionCall(*four, scale=scale, lse=pointer(lse), **pointers, **dict(counts))
     call_native("attention", call)
     return out, lse

@@ -13,9 +13,8 @@ from svg2_compile.kernels.cpu.native.calls import VECTOR, Tokens, call_native, p
 
 __all__ = ["block_estimates", "first_order_terms"]
 
-SLOPE_PARTS = (
-    8  # of the clusters of a head, summed on their own: fixed, so that no sum depends on the number of threads
-)
+# Of the clusters of a head, summed on their own: fixed, so that no sum depends on the number of threads.
+SLOPE_PARTS = 8
 
 _POINTERS = (
     "k_offsets",
@@ -106,11 +105,10 @@ def _call(name: str, key: Tensor, value: Tensor, scale: float, **others: Tensor)
     given = {argument: x.contiguous() for argument, x in others.items()}
     key, value = unit_stride(key), unit_stride(value)
     pointers = {argument: pointer(x) for argument, x in given.items()}
-    call = ClustersCall(tokens(key), tokens(value), scale=scale, **pointers)
     batch, q_heads, num_q_clusters, head_dim = given["q_centroids"].shape
     kv_heads, num_k_clusters, value_dim = given["v_centroids"].shape[1:]
     sizes = (batch, q_heads, kv_heads, head_dim, value_dim, num_q_clusters, num_k_clusters, SLOPE_PARTS)
     operations = q_heads * batch * num_q_clusters * key.shape[2] * (head_dim + value_dim) / VECTOR
-    for size_name, size in zip(_SIZES, (*sizes, threads_for(operations)), strict=True):
-        setattr(call, size_name, size)
+    counts = dict(zip(_SIZES, (*sizes, threads_for(operations)), strict=True))
+    call = ClustersCall(tokens(key), tokens(value), scale=scale, **pointers, **counts)
     call_native(name, call)

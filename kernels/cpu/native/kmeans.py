@@ -36,12 +36,10 @@ def kmeans(
     means = x.new_empty(batch, heads, clusters, dim, dtype=torch.float32)
     sizes = x.new_zeros(batch, heads, clusters, dtype=torch.int32)
     given = zip(("start", "valid", "labels", "centroids", "sizes"), (start, valid, labels, means, sizes), strict=True)
-    call = KmeansCall(tokens(x), **{name: pointer(tensor) for name, tensor in given})
     valid_heads = 1 if valid is None else valid.shape[1]
     threads = threads_for(batch * heads * num_tokens * clusters * dim * iters / VECTOR)
-    counts = (batch, heads, num_tokens, dim, clusters, iters, valid_heads, threads)
-    for name, count in zip(_SIZES, counts, strict=True):
-        setattr(call, name, count)
+    counts = zip(_SIZES, (batch, heads, num_tokens, dim, clusters, iters, valid_heads, threads), strict=True)
+    call = KmeansCall(tokens(x), **{name: pointer(tensor) for name, tensor in given}, **dict(counts))
     if labels.numel() > 0:
         call_native("kmeans", call)
     return labels, means, sizes

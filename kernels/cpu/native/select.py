@@ -57,18 +57,9 @@ def select_blocks_of_layer(
     block_map[..., -1] = False
     given = (log_mass, log_error, q_variances, k_centroids, q_sizes, k_offsets, block_map)
     kept_alive = [x.contiguous() for x in (*given, torch.empty_like(log_error))]
-    call = SelectCall(*map(pointer, kept_alive), scale, float(density))
-    sizes = (
-        batch,
-        q_heads,
-        kv_heads,
-        dim,
-        q_clusters,
-        k_clusters,
-        threads_for(log_error.numel() * (dim / VECTOR + 20)),
-    )
-    for name, size in zip(_SIZES, sizes, strict=True):
-        setattr(call, name, size)
+    threads = threads_for(log_error.numel() * (dim / VECTOR + 20))
+    sizes = zip(_SIZES, (batch, q_heads, kv_heads, dim, q_clusters, k_clusters, threads), strict=True)
+    call = SelectCall(*map(pointer, kept_alive), scale, float(density), **dict(sizes))
     if log_error.numel() > 0:
         call_native("select", call)
     return block_map
