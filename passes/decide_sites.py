@@ -26,7 +26,7 @@ from torch.utils._sympy.functions import FloorDiv
 from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
 from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttention
 from svg2_compile.passes.attention.masks import KeyPadding, MaskSkip, read_key_padding
-from svg2_compile.passes.cost_model import DeviceProfile, profile_for
+from svg2_compile.passes.device_profile import DeviceProfile, profile_for
 from svg2_compile.passes.expected_gain import cluster_counts, traced_video_tokens, with_expected_gain
 from svg2_compile.passes.graph.nodes import is_projected
 from svg2_compile.passes.graph.sizes import plain_size

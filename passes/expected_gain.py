@@ -15,7 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS, CountRule
-from svg2_compile.passes.cost_model import CostInputs, DeviceProfile, expected_density
+from svg2_compile.passes.cost_model import CostInputs, expected_density
+from svg2_compile.passes.device_profile import DeviceProfile
 from svg2_compile.passes.graph.sizes import input_sizes, plain_size, traced_sizes
 from svg2_compile.passes.graph.values import fake_mode_of_values, node_value
 from svg2_compile.passes.layout.lengths import known_number

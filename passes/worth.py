@@ -16,7 +16,8 @@ from typing import Any
 import sympy
 from torch.utils._sympy.value_ranges import bound_sympy
 
-from svg2_compile.passes.cost_model import REFERENCE, CostInputs, DeviceProfile, crossover_tokens, speedup
+from svg2_compile.passes.cost_model import CostInputs, crossover_tokens, speedup
+from svg2_compile.passes.device_profile import REFERENCE, DeviceProfile
 from svg2_compile.passes.layout.lengths import known_number
 from svg2_compile.passes.stays_dense import StaysDense
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from svg2_compile.hosts.dynamo import enabled_dynamo_settings, forgotten_frames, noted_breaks
-from svg2_compile.passes.cost_model import DeviceProfile, profile_named
+from svg2_compile.passes.device_profile import DeviceProfile, profile_named
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.values import graph_device
 from svg2_compile.pipeline import ANALYSES, Compilation, run_passes

@@ -24,7 +24,8 @@ from typing import Any
 
 from bench.common import markdown, write_results
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
-from svg2_compile.passes.cost_model import CostInputs, dense_seconds, profile_named, sparse_seconds
+from svg2_compile.passes.cost_model import CostInputs, dense_seconds, sparse_seconds
+from svg2_compile.passes.device_profile import profile_named
 
 LAYERS, HEADS, HEAD_DIM, FEED_FORWARD, TEXT = 40, 40, 128, 13_824, 512
 WIDTH = HEADS * HEAD_DIM

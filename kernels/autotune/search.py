@@ -7,9 +7,8 @@ is written down after every candidate, so that an interrupted search goes on whe
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.autotune.space import CPU_KERNELS, GPU_KERNELS, candidates
+from svg2_compile.kernels.autotune.timing import median_ms
 from svg2_compile.kernels.autotune.workloads import HEAD_KERNEL, Workload
 from svg2_compile.kernels.dispatch import use_implementation
 from svg2_compile.kernels.tuning.defaults import capability_of, default_config
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "Progress", "default_workloads", "rehearsed_launch", "tune"]
 
-TIMED_RUNS = 5
 # How far results of two configurations may lie apart, relative to the largest: sums are taken in another order.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -176,23 +175,7 @@ def _result(call: Callable[[], Tensor], workload: Workload, config: Config) -> T
 def _time(call: Callable[[], Tensor], workload: Workload, config: Config, device: torch.device) -> float:
     """Median milliseconds of a warm call."""
     with override(workload.kernel, config):
-        call()
-        return statistics.median(_durations(call, device))
-
-
-def _durations(call: Callable[[], Tensor], device: torch.device) -> Iterator[float]:
-    for _ in range(TIMED_RUNS):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            yield start.elapsed_time(end)
-        else:
-            begin = time.perf_counter()
-            call()
-            yield 1e3 * (time.perf_counter() - begin)
+        return median_ms(call, device)
 
 
 def _launch_errors() -> tuple[type[Exception], ...]:

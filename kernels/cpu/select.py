@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -90,9 +91,28 @@ def select_blocks_by_error(
     density: float | None = None,
 ) -> Tensor:
     """Largest compensation error per key first; see ``ops.select_blocks_by_error``."""
-    batch, num_q_heads, num_q_clusters, _ = q_centroids.shape
-    num_kv_heads, num_k_clusters = k_centroids.shape[1:3]
-    k_sizes = k_offsets.diff(dim=-1)[..., :num_k_clusters]
+    return select_by_error(
+        _log_errors, key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale, top_p, min_k_ratio, density
+    )
+
+
+def select_by_error(
+    log_errors: Callable[..., Tensor],
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    scale: float,
+    top_p: float,
+    min_k_ratio: float,
+    density: float | None,
+) -> Tensor:
+    """The same with a choice of who estimates: ``log_errors(key, value, k_offsets, q_centroids, k_centroids,
+    v_centroids, scale)`` gives float32 [B, Hq, Cq, Ck], of which the caller may overwrite."""
+    num_q_heads, num_q_clusters = q_centroids.shape[1:3]
+    k_sizes = k_offsets.diff(dim=-1)[..., : k_centroids.shape[2]]
     sizes = per_query_head(k_sizes, num_q_heads).unsqueeze(2).to(torch.float32).expand(-1, -1, num_q_clusters, -1)
     if density is None or density >= 1:
         by_mass = _select_clusters(q_centroids, k_centroids, k_sizes, scale, top_p, min_k_ratio, density)
@@ -101,15 +121,32 @@ def select_blocks_by_error(
         budget = (sizes * by_mass).sum(dim=-1, keepdim=True)
     else:
         budget = density * sizes.sum(dim=-1, keepdim=True)
-    log_errors = q_centroids.new_empty(batch, num_q_heads, num_q_clusters, num_k_clusters)
+    errors = log_errors(key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale)
+    empty = sizes == 0
+    broken = (errors.isnan() & ~empty).any(dim=-1, keepdim=True)
+    priority = errors.sub_(sizes.log()).masked_fill_(empty, -math.inf)
+    return add_context_and_null((_keep_until(priority, sizes, budget, 1) & ~empty) | broken)
+
+
+def _log_errors(
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    scale: float,
+) -> Tensor:
+    """Errors of compensation, as ``ops.block_estimates`` gives them beside its masses."""
+    batch, num_q_heads, num_q_clusters, _ = q_centroids.shape
+    num_kv_heads, num_k_clusters = k_centroids.shape[1:3]
+    k_sizes = k_offsets.diff(dim=-1)[..., :num_k_clusters]
+    result = q_centroids.new_empty(batch, num_q_heads, num_q_clusters, num_k_clusters)
     group = num_q_heads // max(num_kv_heads, 1)
     for b in range(batch):
         for g in range(num_kv_heads):
             heads = slice(g * group, (g + 1) * group)
             head = KeyHead(key[b, g], value[b, g], k_centroids[b, g], v_centroids[b, g], k_sizes[b, g])
             _, errors = head_estimates(q_centroids[b, heads].flatten(0, 1), head, scale)
-            log_errors[b, heads] = errors.view(group, num_q_clusters, num_k_clusters)
-    empty = sizes == 0
-    broken = (log_errors.isnan() & ~empty).any(dim=-1, keepdim=True)
-    priority = log_errors.sub_(sizes.log()).masked_fill_(empty, -math.inf)
-    return add_context_and_null((_keep_until(priority, sizes, budget, 1) & ~empty) | broken)
+            result[b, heads] = errors.view(group, num_q_clusters, num_k_clusters)
+    return result

@@ -18,7 +18,7 @@ import torch
 from svg2_compile.kernels.tuning.defaults import default_config
 from svg2_compile.kernels.tuning.tables import Table, TuningKey, load_tables
 
-__all__ = ["TuningKey", "device_name", "forget_tables", "nearest", "override", "tuned"]
+__all__ = ["TuningKey", "device_name", "forget_tables", "measured_profile", "nearest", "override", "tuned"]
 
 _log = logging.getLogger("svg2_compile.kernels")
 
@@ -58,6 +58,11 @@ def forget_tables() -> None:
     """Read the tables anew at the next launch, after ``svg2 tune`` has written one."""
     _tables.cache_clear()
     _lookup.cache_clear()
+
+
+def measured_profile(device: torch.device) -> Mapping[str, float] | None:
+    """What `svg2 tune` measured for the cost model on ``device``, by the names of its DeviceProfile; None before."""
+    return next((table.profile for table in _tables(device_name(device)) if table.profile is not None), None)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from filelock import FileLock
 
 __all__ = [
     "FORMAT",
+    "PROFILE_FIGURES",
     "Measurement",
     "Table",
     "TuningKey",
@@ -40,6 +41,15 @@ __all__ = [
 _log = logging.getLogger("svg2_compile.kernels")
 
 FORMAT = 1
+PROFILE_FIGURES = (
+    "dense_flops",
+    "sparse_flops",
+    "kmeans_flops",
+    "bandwidth",
+    "cluster_overhead",
+    "head_overhead",
+    "call_overhead",
+)
 DENSITY_BUCKETS = (10, 25, 50)  # percent
 # Tables of devices that were measured, shipped with the package.
 SHIPPED = Path(__file__).resolve().parent / "configs"
@@ -90,6 +100,8 @@ class Table:
     device: str
     engine: str
     measurements: dict[TuningKey, Measurement] = field(default_factory=dict)
+    # Throughputs and overheads for the cost model, by the names of its DeviceProfile; None: not measured.
+    profile: Mapping[str, float] | None = None
 
     @property
     def configs(self) -> dict[TuningKey, Mapping[str, int]]:
@@ -100,7 +112,8 @@ class Table:
         entries.sort(
             key=lambda entry: [str(entry[name]) for name in ("kernel", "dtype", "head_dim", "tokens", "density")]
         )
-        return {"format": FORMAT, "device": self.device, "engine": self.engine, "entries": entries}
+        document = {"format": FORMAT, "device": self.device, "engine": self.engine, "entries": entries}
+        return document if self.profile is None else {**document, "profile": dict(self.profile)}
 
     @classmethod
     def from_json(cls, document: Any) -> Table:
@@ -117,6 +130,8 @@ class Table:
                 trials = {str(name): ms and float(ms) for name, ms in _typed(entry["trials"], dict).items()}
                 best, default, complete = float(entry["best_ms"]), float(entry["default_ms"]), entry["complete"] is True
                 table.measurements[key] = Measurement(config, best, default, trials, complete)
+            if document.get("profile") is not None:
+                table.profile = {name: _figure(name, document["profile"][name]) for name in PROFILE_FIGURES}
         except (KeyError, TypeError, ValueError) as problem:
             raise ValueError(f"an entry is incomplete or has a wrong type: {problem}") from None
         return table
@@ -126,6 +141,14 @@ def _typed(value: Any, kind: type) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{value!r} is no {kind.__name__}")
     return value
+
+
+def _figure(name: str, value: Any) -> float:
+    """A figure of a profile: an overhead may be nothing, a rate may not."""
+    number = float(value)
+    if not 0 <= number < float("inf") or (number == 0 and not name.endswith("_overhead")):
+        raise ValueError(f"{name} is {value!r}; valid: a positive number")
+    return number
 
 
 def engine_of(device_name: str) -> str:
@@ -188,7 +211,8 @@ def merge(table: Table, folder: Path | None = None) -> Path:
     with FileLock(path.with_suffix(".lock")):
         known = _stored(path)
         measurements = {**(known.measurements if known else {}), **table.measurements}
-        write_table(path, Table(table.device, table.engine, measurements))
+        profile = table.profile or (known.profile if known else None)
+        write_table(path, Table(table.device, table.engine, measurements, profile))
     return path
 
 

@@ -26,7 +26,7 @@ from svg2_compile.export.errors import ExportError
 from svg2_compile.export.transformed import TimeSource, TransformedProgram
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.attention.find import find_attention
-from svg2_compile.passes.cost_model import DeviceProfile
+from svg2_compile.passes.device_profile import DeviceProfile
 from svg2_compile.passes.graph.builder import copy_graph_module
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path
 from svg2_compile.passes.graph.values import graph_device

@@ -16,7 +16,8 @@ from torch.export import ExportedProgram
 
 from svg2_compile.export.errors import FileDamaged
 from svg2_compile.export.serde import expression_from_text
-from svg2_compile.passes.cost_model import CostInputs, profile_for
+from svg2_compile.passes.cost_model import CostInputs
+from svg2_compile.passes.device_profile import profile_for
 from svg2_compile.passes.graph.sizes import input_sizes
 from svg2_compile.passes.worth import Worth
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from svg2_compile.explanation import explain
 from svg2_compile.logs.logger import get_logger
-from svg2_compile.passes.cost_model import profile_named
+from svg2_compile.passes.device_profile import profile_named
 from svg2_compile.reporting.report import Report
 from svg2_compile.settings.config import Svg2Config
 from svg2_compile.tools.example_inputs import InputsNotFound, VideoShape, find_inputs

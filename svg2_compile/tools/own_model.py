@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from svg2_compile.explanation import explain
-from svg2_compile.passes.cost_model import profile_named
+from svg2_compile.passes.device_profile import profile_named
 from svg2_compile.reporting.report import Report
 from svg2_compile.settings.config import Svg2Config
 from svg2_compile.tools.inspect import InspectError, shape_in_words

@@ -10,14 +10,13 @@ import torch
 
 from svg2_compile.kernels.dispatch import DEFAULT_IMPLEMENTATION
 from svg2_compile.passes.cost_model import (
-    CPU,
     CostInputs,
     crossover_tokens,
     expected_density,
-    profile_for,
     sparse_seconds,
     speedup,
 )
+from svg2_compile.passes.device_profile import CPU, profile_for
 
 COST = CostInputs(
     video=32768, context=0, groups=4, head_dim=128, num_q_clusters=131, num_k_clusters=436, iters=2, density=0.25

@@ -2,6 +2,9 @@
 // [D][strip], and keys and values are read row by row, one number broadcast at a time. So keys need no packing and no
 // padding, wherever their rows are; the softmax over keys is a loop with no step across lanes; and the result of one product
 // has the layout that the next one reads.
+//
+// What lies in the lanes is read once for all ROWS: with an operand in memory in each multiply-add, as compilers like to have
+// it, loads and not multiplications are what a core has too few of.
 #pragma once
 
 #include "vector.h"
@@ -27,7 +30,7 @@ SVG2_INLINE void products_of_rows(
     }
     for (int64_t d = 0; d < dim; ++d) {
         Vec query[V];
-        SVG2_UNROLL for (int v = 0; v < V; ++v) query[v] = load(queries + (d * V + v) * LANES);
+        SVG2_UNROLL for (int v = 0; v < V; ++v) query[v] = in_register(load(queries + (d * V + v) * LANES));
         SVG2_UNROLL for (int r = 0; r < ROWS; ++r) {
             const Vec x = broadcast(row[r][d]);
             SVG2_UNROLL for (int v = 0; v < V; ++v) sum[r][v] += x * query[v];
@@ -62,7 +65,7 @@ SVG2_INLINE void add_weighted_columns(
     for (int64_t t = 0; t < count; ++t) {
         const float* row = rows[t] + column;
         Vec weight[V];
-        SVG2_UNROLL for (int v = 0; v < V; ++v) weight[v] = load(weights + (t * V + v) * LANES);
+        SVG2_UNROLL for (int v = 0; v < V; ++v) weight[v] = in_register(load(weights + (t * V + v) * LANES));
         SVG2_UNROLL for (int c = 0; c < ROWS; ++c) {
             const Vec x = broadcast(row[c]);
             SVG2_UNROLL for (int v = 0; v < V; ++v) sum[c][v] += x * weight[v];

@@ -52,9 +52,9 @@ SVG2_INLINE Vec larger(Vec a, Vec b) {
 #endif
 }
 
-// A product as it is when it is rounded, and not as part of a fused multiply-add. Exponents are relative to a largest one that
-// was rounded: with scores of 10^10 the largest less itself would else be a power of two of any size.
-SVG2_INLINE Vec rounded(Vec x) {
+// x as a value in a register, of which the compiler does not know where it comes from: it neither reads it from memory again
+// at each use nor makes what computed it a part of another instruction.
+SVG2_INLINE Vec in_register(Vec x) {
 #if defined(__AVX512F__)
     __asm__("" : "+v"(x));
 #elif defined(__x86_64__)
@@ -64,6 +64,10 @@ SVG2_INLINE Vec rounded(Vec x) {
 #endif
     return x;
 }
+
+// A product as it is when it is rounded, and not as part of a fused multiply-add. Exponents are relative to a largest one that
+// was rounded: with scores of 10^10 the largest less itself would else be a power of two of any size.
+SVG2_INLINE Vec rounded(Vec x) { return in_register(x); }
 
 // x = 2^x for COUNT vectors of x <= 127, with a relative error below 2e-7; below 2^-126.5 it is exactly 0, so that no
 // denormal number slows the products down; NaN stays NaN. Step by step for all vectors: a single one is a chain of dependent
