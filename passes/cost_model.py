@@ -1,8 +1,8 @@
 """What an attention costs dense and sparse, in seconds, as sympy expressions over token counts.
 
 The floor is counted (FLOPs of the matrix products, bytes of the permutations); what a device makes of it is a
-DeviceProfile (``device_profile.py``). The model decides only whether an attention is worth rewriting, so it needs to be right about the
-crossover, not about the third digit.
+DeviceProfile (``device_profile.py``). The model decides only whether an attention is worth rewriting, so it needs to be
+right about the crossover, not about the third digit.
 """
 
 from __future__ import annotations

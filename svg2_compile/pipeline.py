@@ -18,8 +18,8 @@ from svg2_compile.passes.attention.call import AttentionCall, UnreadableAttentio
 from svg2_compile.passes.attention.find import find_attention
 from svg2_compile.passes.balance_heads import balance_heads
 from svg2_compile.passes.canonical import canonical_sites, erase_unused
-from svg2_compile.passes.device_profile import DeviceProfile, profile_for
 from svg2_compile.passes.decide_sites import Parts, decide_call, decide_sites, numbered
+from svg2_compile.passes.device_profile import DeviceProfile, profile_for
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.inline_subgraphs import inline_subgraphs
 from svg2_compile.passes.sites import Site, Skip

@@ -35,7 +35,7 @@ ROOMS = {
     "passes.graph": "",
     "passes.layout": "passes.graph",
     "passes.attention": "passes.graph passes.layout",
-    "passes": "passes.graph passes.layout passes.attention kernels",
+    "passes": "passes.graph passes.layout passes.attention kernels kernels.tuning",
     "logs": "",
     "settings": "passes",
     "codegen": "logs passes.graph",

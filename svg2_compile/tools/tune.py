@@ -1,4 +1,4 @@
-"""``svg2 tune``: measure the kernels' configurations on this machine and keep the best; share them as files."""
+"""``svg2 tune``: measure the kernels' configurations and the figures of the cost model here, keep and share them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from svg2_compile.kernels.autotune.search import Progress as Step
 from svg2_compile.kernels.autotune.workloads import Workload
 from svg2_compile.kernels.tuning import tables as tuning_tables
 from svg2_compile.kernels.tuning.lookup import device_name, forget_tables
+from svg2_compile.passes.cost_model import crossover_tokens
+from svg2_compile.passes.device_profile import profile_for
 from svg2_compile.settings.presets import load_preset
+from svg2_compile.tools.calibrate import CalibrationSize, measure_profile
 
 __all__ = ["DEFAULT_PRESET", "export_table", "import_table", "parse_budget", "run_tune", "workloads_for"]
 
@@ -58,9 +61,32 @@ def run_tune(preset: str, budget_s: float, console: Console) -> list[Outcome]:
         )
     outcomes = _search(workloads, device, budget_s, console)
     console.print(outcome_table(outcomes))
+    _calibrate(device, console)
     folder = tuning_tables.cache_dir()
     console.print(f"Kept in {folder}; every later run on this device uses it. Share it: svg2 tune --export FILE")
     return outcomes
+
+
+def _calibrate(device: torch.device, console: Console) -> None:
+    """Measure what the cost model multiplies by, keep it, and say from how many tokens on sparse attention now pays."""
+    size = CalibrationSize.of(device)
+    before = crossover_tokens(size.cost(), profile_for(device))
+    with torch.inference_mode():
+        profile = measure_profile(device, size)
+    name = device_name(device)
+    tuning_tables.merge(tuning_tables.Table(name, tuning_tables.engine_of(name), profile=profile))
+    forget_tables()
+    after = crossover_tokens(size.cost(), profile_for(device))
+    dtype = str(size.dtype).removeprefix("torch.")
+    console.print(
+        f"Cost model of min_tokens='auto', measured here: dense {profile['dense_flops'] / 1e12:.2f} TFLOP/s, sparse "
+        f"{profile['sparse_flops'] / 1e12:.2f}. The default settings gain from {_tokens(after)} on ({size.num_heads} "
+        f"heads of {size.head_dim}, {dtype}); before: {_tokens(before)}."
+    )
+
+
+def _tokens(count: int | None) -> str:
+    return "no number of tokens" if count is None else f"{count:,} tokens"
 
 
 def _search(workloads: Sequence[Workload], device: torch.device, budget_s: float, console: Console) -> list[Outcome]:

@@ -13,6 +13,7 @@ from svg2_compile.cli import app
 from svg2_compile.kernels.autotune import space as search_space
 from svg2_compile.kernels.tuning import tables as tuning_tables
 from svg2_compile.kernels.tuning.lookup import device_name, forget_tables
+from svg2_compile.passes.device_profile import profile_for
 from svg2_compile.settings.presets import load_presets
 from svg2_compile.tools import tune as tune_command
 
@@ -61,18 +62,21 @@ def test_without_a_gpu_it_says_so_and_tunes_the_cpu_kernels(tmp_path: Path) -> N
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
     assert "no CUDA device here" in text and "before and after" in text
+    assert "Cost model" in text and "The default settings gain from" in text
     table = tuning_tables.load_table(device_name(torch.device("cpu")), tuning_tables.cache_dir())
     assert table is not None
     assert {key.kernel for key in table.measurements} == set(search_space.CPU_KERNELS)
+    assert table.profile is not None and set(table.profile) == set(tuning_tables.PROFILE_FIGURES)
     file = tmp_path / "mine.json"
     assert runner.invoke(app, ["tune", "--export", str(file)]).exit_code == 0
     exported = tuning_tables.read_table(file)
-    assert exported.measurements == table.measurements
+    assert exported == table
     next(tuning_tables.cache_dir().glob("*.json")).unlink()
     result = runner.invoke(app, ["tune", "--import", str(file)])
     assert result.exit_code == 0 and "taken over" in result.output
     again = tuning_tables.load_table(table.device, tuning_tables.cache_dir())
-    assert again is not None and again.measurements == table.measurements
+    assert again == table
+    assert "measured" in profile_for(torch.device("cpu")).source
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's share")

@@ -31,7 +31,7 @@ struct ClustersCall {
     int64_t queries() const { return q_heads / kv_heads * q_clusters; }
 };
 
-// The keys of one head, cluster by cluster, as differences to the means of their clusters.
+// The keys of one head, a block of one cluster at a time, as differences to the means of their clusters.
 class Cluster {
   public:
     Cluster(const ClustersCall& call, int64_t kv_row, float* floats)
@@ -59,8 +59,13 @@ class Cluster {
     }
 
     // Keys from position `at` of a cluster on, as many as there are or a block holds. key_differences: else the keys themselves.
-    void read(int64_t cluster, int64_t at, bool key_differences, KeyBlock& block) {
+    // They are there until others are read; the same ones are not read again.
+    const KeyBlock& read(int64_t cluster, int64_t at, bool key_differences) {
         const int64_t b = kv_row_ / call_.kv_heads, g = kv_row_ % call_.kv_heads;
+        KeyBlock& block = block_;
+        if (cluster == cluster_ && at == at_) return block;
+        cluster_ = cluster;
+        at_ = at;
         block.count = std::min<int64_t>(KEYS_PER_BLOCK, size(cluster) - at);
         for (int64_t i = 0; i < up_to_rows(block.count); ++i) {
             float *key = keys_ + i * call_.dim, *value = values_ + i * columns_;
@@ -75,6 +80,7 @@ class Cluster {
             subtract(value_mean(cluster), call_.value_dim, value);
             std::fill(value + call_.value_dim, value + columns_, 0.0f);
         }
+        return block;
     }
 
   private:
@@ -85,6 +91,8 @@ class Cluster {
     const ClustersCall& call_;
     const int64_t kv_row_, columns_;
     float *keys_, *values_, *zeros_;
+    KeyBlock block_;
+    int64_t cluster_ = -1, at_ = -1;  // where block_ is from
 };
 
 // A strip of query centroids of one key head, and where it stands in the tensors.

@@ -5,7 +5,8 @@
 namespace svg2 {
 namespace {
 
-constexpr int64_t CLUSTERS_PER_ITEM = 64;
+constexpr int64_t CLUSTERS_PER_ITEM = 64;  // a multiple of ROWS
+constexpr int STRIPS_AT_ONCE = 6;
 
 // ln m_ij and ln e_ij of one cluster for a strip. With d_t = s q.(k_t - c_j) and the largest of them (or 0) as shift, all weights are
 // e^(s q.c_j + shift) times w_t = e^(d_t - shift) - e^(-shift): nothing overflows, and nothing large cancels. The sum over t of
@@ -26,9 +27,8 @@ void estimate(
     }
     Vec shift[V] = {}, total[V] = {}, at_mean[V];
     std::memset(sums, 0, columns * V * LANES * sizeof(float));
-    KeyBlock block;
-    for (int64_t at = 0; at < size; at += block.count) {
-        keys.read(cluster, at, true, block);
+    for (int64_t at = 0; at < size; at += KEYS_PER_BLOCK) {
+        const KeyBlock& block = keys.read(cluster, at, true);
         Vec largest[V], factor[V];
         SVG2_UNROLL for (int v = 0; v < V; ++v) largest[v] = broadcast(-__builtin_inff());
         for (int64_t i = 0; i < block.count; i += ROWS) {
@@ -81,40 +81,64 @@ void estimate(
     }
 }
 
-// An item is up to CLUSTERS_PER_ITEM clusters and all queries of one key head.
+// An item is up to CLUSTERS_PER_ITEM clusters and all queries of one key head, STRIPS_AT_ONCE strips of them at a time: what a
+// cluster's keys are less their mean is computed once for these strips.
 struct EstimateRunner {
     const ClustersCall& call;
     float* floats;
 
+    struct Queries {
+        QueryStrip strip;
+        float *outputs, *mean_scores;
+    };
+
+    static int64_t columns_of(const ClustersCall& call) { return std::max(call.dim, up_to_rows(call.value_dim)); }
+    static int64_t floats_of_strip(const ClustersCall& call) { return STRIP * (2 * columns_of(call) + CLUSTERS_PER_ITEM); }
     static int64_t floats_needed(const ClustersCall& call) {
-        const int64_t columns = up_to_rows(call.value_dim), wide = std::max(call.dim, columns);
-        return Cluster::floats_needed(call) + STRIP * (KEYS_PER_BLOCK + CLUSTERS_PER_ITEM + columns + 3 * wide);
+        const int64_t wide = columns_of(call);
+        return Cluster::floats_needed(call) + STRIP * (KEYS_PER_BLOCK + 2 * wide) + STRIPS_AT_ONCE * floats_of_strip(call);
     }
 
     void run(int64_t kv_row, int64_t first_cluster) const {
-        const int64_t columns = up_to_rows(call.value_dim), wide = std::max(call.dim, columns);
         float* weights = floats + Cluster::floats_needed(call);
-        float* mean_scores = weights + STRIP * KEYS_PER_BLOCK;
-        float* sums = mean_scores + STRIP * CLUSTERS_PER_ITEM;
-        float *by_row = sums + STRIP * columns, *queries = by_row + STRIP * wide, *outputs = queries + STRIP * wide;
+        float *sums = weights + STRIP * KEYS_PER_BLOCK, *by_row = sums + STRIP * columns_of(call);
         const int64_t last = std::min(first_cluster + CLUSTERS_PER_ITEM, call.k_clusters);
         Cluster keys(call, kv_row, floats);
         for (int64_t first = 0; first < call.queries();) {
-            const int most = vectors_of_strip((call.queries() - first + LANES - 1) / LANES);
-            const QueryStrip strip = read_strip(call, kv_row, first, most, by_row, queries);
-            const float* from = rows_of_head(call.outputs, call, kv_row, call.value_dim);
-            const auto row_of = [&](int64_t lane) { return (const char*)(from + (first + lane) * call.value_dim); };
-            read_lanes(row_of, strip.rows, strip.width(), FLOAT32, call.value_dim, 1.0f, by_row, outputs);
-            with_vectors(strip.vectors, [&](auto v) {
-                constexpr int V = decltype(v)::value;
-                scores_of_means<V>(strip, keys, first_cluster, last, mean_scores);
-                for (int64_t j = first_cluster; j < last; ++j) {
-                    const float* scores = mean_scores + (j - first_cluster) * V * LANES;
-                    estimate<V>(call, strip, keys, kv_row, j, scores, outputs, weights, sums);
+            Queries at_once[STRIPS_AT_ONCE];
+            int count = 0;
+            for (; count < STRIPS_AT_ONCE && first < call.queries(); ++count) {
+                float* own = by_row + STRIP * columns_of(call) + count * floats_of_strip(call);
+                at_once[count] = read(keys, kv_row, first, first_cluster, last, by_row, own);
+                first += at_once[count].strip.rows;
+            }
+            for (int64_t j = first_cluster; j < last; ++j) {
+                for (int i = 0; i < count; ++i) {
+                    const Queries& of = at_once[i];
+                    with_vectors(of.strip.vectors, [&](auto v) {
+                        const float* scores = of.mean_scores + (j - first_cluster) * of.strip.width();
+                        estimate<decltype(v)::value>(
+                            call, of.strip, keys, kv_row, j, scores, of.outputs, weights, sums);
+                    });
                 }
-            });
-            first += strip.rows;
+            }
         }
+    }
+
+    // by_row: room for a strip; own: floats_of_strip, for what is returned.
+    Queries read(
+        const Cluster& keys, int64_t kv_row, int64_t first, int64_t first_cluster, int64_t last, float* by_row,
+        float* own) const {
+        const int most = vectors_of_strip((call.queries() - first + LANES - 1) / LANES);
+        Queries of{read_strip(call, kv_row, first, most, by_row, own), own + STRIP * columns_of(call), nullptr};
+        of.mean_scores = of.outputs + STRIP * columns_of(call);
+        const float* from = rows_of_head(call.outputs, call, kv_row, call.value_dim);
+        const auto row_of = [&](int64_t lane) { return (const char*)(from + (first + lane) * call.value_dim); };
+        read_lanes(row_of, of.strip.rows, of.strip.width(), FLOAT32, call.value_dim, 1.0f, by_row, of.outputs);
+        with_vectors(of.strip.vectors, [&](auto v) {
+            scores_of_means<decltype(v)::value>(of.strip, keys, first_cluster, last, of.mean_scores);
+        });
+        return of;
     }
 
     template <int V>

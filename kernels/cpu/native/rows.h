@@ -60,6 +60,10 @@ SVG2_INLINE uint16_t float_to_bfloat16(float x) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
 }
 
+SVG2_INLINE void prefetch(const char* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+}
+
 // A row of any type as float32.
 inline void read_row(const char* from, int64_t type, int64_t length, float* to) {
     if (type == FLOAT32) {

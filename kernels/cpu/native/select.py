@@ -1,4 +1,4 @@
-"""The selection of one budget for all heads, in native code."""
+"""Selection by error in native code: with one budget for all heads, or for each row."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.cpu.native.calls import VECTOR, call_native, pointer, threads_for
-from svg2_compile.kernels.cpu.select import add_context_and_null
+from svg2_compile.kernels.cpu.native.clusters import block_estimates
+from svg2_compile.kernels.cpu.select import add_context_and_null, select_by_error
 
-__all__ = ["select_blocks_of_layer"]
+__all__ = ["select_blocks_by_error", "select_blocks_of_layer"]
 
 _POINTERS = (
     "log_mass",
@@ -63,3 +64,21 @@ def select_blocks_of_layer(
     if log_error.numel() > 0:
         call_native("select", call)
     return block_map
+
+
+def select_blocks_by_error(
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    q_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_k_ratio: float,
+    density: float | None = None,
+) -> Tensor:
+    """Largest compensation error per key first; see ``ops.select_blocks_by_error``."""
+    clustered = (key, value, k_offsets, q_centroids, k_centroids, v_centroids)
+    return select_by_error(lambda *given: block_estimates(*given)[1], *clustered, scale, top_p, min_k_ratio, density)

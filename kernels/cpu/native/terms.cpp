@@ -74,9 +74,8 @@ struct ResidualRunner {
             shift[v] = load(shifts + v * LANES);
         }
         const int64_t columns = up_to_rows(call.value_dim), size = keys.size(cluster);
-        KeyBlock block;
-        for (int64_t at = 0; at < size; at += block.count) {
-            keys.read(cluster, at, false, block);
+        for (int64_t at = 0; at < size; at += KEYS_PER_BLOCK) {
+            const KeyBlock& block = keys.read(cluster, at, false);
             for (int64_t i = 0; i < block.count; i += ROWS) {
                 scores_of_rows<V>(
                     block.keys + i, block.bias + i, strip.queries, call.dim, weights + i * V * LANES, largest);
@@ -113,11 +112,10 @@ struct SlopeRunner {
         float *lanes = floats + Cluster::floats_needed(call), *sums = lanes + STRIP * KEYS_PER_BLOCK;
         Cluster keys(call, kv_row, floats);
         std::memset(sums, 0, columns * lanes_of(call.dim) * sizeof(float));
-        KeyBlock block;
         const int64_t last = (part + 1) * call.k_clusters / call.slope_parts;
         for (int64_t j = part * call.k_clusters / call.slope_parts; j < last; ++j) {
-            for (int64_t at = 0; at < keys.size(j); at += block.count) {
-                keys.read(j, at, true, block);
+            for (int64_t at = 0; at < keys.size(j); at += KEYS_PER_BLOCK) {
+                const KeyBlock& block = keys.read(j, at, true);
                 for_groups([&](int64_t d, int vectors) { add_block(block, d, vectors, lanes, sums + d * columns); });
             }
         }

@@ -22,6 +22,7 @@ struct TokensCall {
 
 constexpr int64_t ROWS_PER_ITEM = 1024;
 constexpr int64_t CLUSTERS_PER_ITEM = 16;
+constexpr int64_t ROWS_AHEAD = 12;  // rows in an order lie anywhere: they are asked for before they are needed
 
 // A counting sort of the tokens of one head by block: stable, two passes over the labels.
 void order_head(const TokensCall& call, int64_t head) {
@@ -56,6 +57,7 @@ void permute_rows(const TokensCall& call, int64_t head, int64_t first) {
     for (int64_t position = first; position < last; ++position) {
         const int64_t token = order[position];
         const int64_t from = call.inverse ? position : token, to = call.inverse ? token : position;
+        if (!call.inverse && position + ROWS_AHEAD < last) prefetch(call.x.row(b, h, order[position + ROWS_AHEAD]), bytes);
         std::memcpy(call.out.row(b, h, to), call.x.row(b, h, from), bytes);
     }
 }
@@ -67,13 +69,18 @@ void mean_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, floa
     const int32_t* order = call.order ? call.order + head * call.num_tokens : nullptr;
     float* mean = call.means + (head * call.clusters + cluster) * call.dim;
     const float* centroid = call.centroids ? call.centroids + (head * call.clusters + cluster) * call.dim : nullptr;
+    const int64_t bytes = call.dim * call.x.bytes_per_element();
+    const auto row_at = [&](int64_t position) { return call.x.row(b, h, order ? order[position] : position); };
     std::memset(mean, 0, call.dim * sizeof(float));
     for (int64_t position = offsets[0]; position < offsets[1]; ++position) {
-        read_row(call.x.row(b, h, order ? order[position] : position), call.x.type, call.dim, row);
+        if (position + ROWS_AHEAD < offsets[1]) prefetch(row_at(position + ROWS_AHEAD), bytes);
+        const float* values = row;
+        if (call.x.type == FLOAT32) values = (const float*)row_at(position);
+        else read_row(row_at(position), call.x.type, call.dim, row);
         if (centroid) {
-            for (int64_t d = 0; d < call.dim; ++d) mean[d] += (row[d] - centroid[d]) * (row[d] - centroid[d]);
+            for (int64_t d = 0; d < call.dim; ++d) mean[d] += (values[d] - centroid[d]) * (values[d] - centroid[d]);
         } else {
-            for (int64_t d = 0; d < call.dim; ++d) mean[d] += row[d];
+            for (int64_t d = 0; d < call.dim; ++d) mean[d] += values[d];
         }
     }
     const int64_t size = offsets[1] - offsets[0];
