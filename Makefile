@@ -10,7 +10,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := test,diffusers,plots,quality
+EXTRAS := diffusers,plots,quality
+# What tests need besides, in the same place.
+TEST_STAMP  := $(VENV)/.installed-for-tests
+TEST_EXTRAS := $(EXTRAS),test,compose
 # Models in tests and demo are built from configurations: nothing is to be fetched at run time.
 RUN    := HF_HUB_OFFLINE=1 $(BIN)/python
 
@@ -24,7 +27,7 @@ NEWEST_STAMP  := .triton-newest/.installed-$(NEWEST_TRITON)
 .PHONY: demo test lint types unit newest-triton sanitize bench bench-gpu install clean
 .DEFAULT_GOAL := test
 
-# Installed once, and again when what is to be installed has changed.
+# Installed once, and again when what is to be installed has changed. The demo needs nothing of the tests.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "Python 3.10 or later is needed; set PYTHON=/path/to/python"; exit 1; }
@@ -32,7 +35,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]' --constraint constraints.txt
 	@touch $(STAMP)
 
-install: $(STAMP)
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[$(TEST_EXTRAS)]' --constraint constraints.txt
+	@touch $(TEST_STAMP)
+
+install: $(TEST_STAMP)
 
 demo: $(STAMP)
 	$(RUN) -m svg2_compile.cli demo
@@ -44,10 +51,10 @@ lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(TEST_STAMP)
 	$(BIN)/python .ci/typecheck.py
 
-$(NEWEST_STAMP): $(STAMP)
+$(NEWEST_STAMP): $(TEST_STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton-newest triton==$(NEWEST_TRITON)
 	@touch $@
 
@@ -65,18 +72,18 @@ CXX ?= g++
 PRELOAD = $(foreach library,$(1) libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
 NATIVE_TESTS := native and not random and not processes and not dtypes
 
-sanitize: $(STAMP)
+sanitize: $(TEST_STAMP)
 	SVG2_NATIVE_FLAGS="-g -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=undefined" \
 		LD_PRELOAD="$(call PRELOAD,libasan.so libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m pytest -q tests/kernels/cpu -k "$(NATIVE_TESTS)"
-	SVG2_NATIVE_FLAGS="-g -fsanitize=thread -DSVG2_STD_THREADS" LD_PRELOAD="$(call PRELOAD,libtsan.so)" \
+	SVG2_NATIVE_FLAGS="-g -fsanitize=thread" LD_PRELOAD="$(call PRELOAD,libtsan.so)" \
 		TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/.ci/tsan-suppressions.txt \
 		$(BIN)/python -m tests.kernels.cpu.exercise_threads
 
-unit: $(STAMP)
+unit: $(TEST_STAMP)
 	$(PYTEST)
 
-bench: $(STAMP)
+bench: $(TEST_STAMP)
 	$(RUN) -m bench
 
 bench-gpu: $(STAMP)

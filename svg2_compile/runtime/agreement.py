@@ -41,6 +41,9 @@ class Terms:
     differing: str = ""
 
 
+_ALONE = Terms(True)  # of a program that talks to no other rank
+
+
 class Talking(Protocol):
     """What is known here of a program that talks to other ranks (see DenoisingProgram)."""
 
@@ -68,7 +71,7 @@ def agreed(program: Talking, located: tuple[Request, Standing] | None, config: S
         once: says what differs.
     """
     if not program.groups:
-        return Terms(True)
+        return _ALONE
     first = program.terms
     # Graphs that are not sparse everywhere stay dense for good: nothing is exchanged any more.
     if first is not None and (not first.sparse or located is None):

@@ -7,9 +7,11 @@ scheduler is asked where it stands. Nothing is read from a device.
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -20,6 +22,8 @@ __all__ = ["Same", "SchedulerView", "running_pipeline", "view_of"]
 # A pipeline is `self` of its __call__, or `components` of a block of a modular one.
 _OWNERS = ("self", "components")
 _owner_in: dict[CodeType, str] = {}
+# Modules and compiled graphs are no pipelines, and the locals of a frame take long to ask for.
+_NO_PIPELINES = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 
 def running_pipeline() -> Any:
@@ -33,7 +37,7 @@ def running_pipeline() -> Any:
         if code.co_name == "__call__":
             owner = _owner_in.get(code)
             if owner is None:
-                owner = _owner_in[code] = next((name for name in _OWNERS[::-1] if name in code.co_varnames), "")
+                owner = _owner_in[code] = _owner_of(code)
             pipeline = frame.f_locals.get(owner) if owner else None
             # A module is none, and takes long to say that it has no such attribute.
             is_module = isinstance(pipeline, torch.nn.Module)
@@ -41,6 +45,13 @@ def running_pipeline() -> Any:
                 return pipeline
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _owner_of(code: CodeType) -> str:
+    """The local variable of a ``__call__`` that may be a pipeline; empty if none can be."""
+    if code.co_filename.startswith(_NO_PIPELINES):
+        return ""
+    return next((name for name in _OWNERS[::-1] if name in code.co_varnames), "")
 
 
 def _is_scheduler(found: Any) -> bool:

@@ -139,9 +139,9 @@ def _attention(
         out = query.new_empty(batch, q_heads, num_queries, value_dim)
     else:
         out = query.new_empty(batch, num_queries, q_heads, value_dim).transpose(1, 2)
-    lse = torch.full((batch, q_heads, num_queries), -math.inf)
+    lse = torch.empty(batch, q_heads, num_queries)
     if lse.numel() == 0 or value_dim == 0:
-        return out, lse
+        return out, lse.fill_(-math.inf)
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     pairs = batch * q_heads * num_queries * num_keys  # at the most
     sizes = (batch, q_heads, kv_heads, num_queries, num_keys, dim, value_dim)

@@ -1,6 +1,6 @@
 """The native library: compiled once for a machine, kept on disk, loaded once for a process.
 
-The sources need a C++17 compiler with GCC's vector types (GCC or Clang) and OpenMP, and nothing else: no headers of
+The sources need a C++17 compiler with GCC's vector types (GCC or Clang), and nothing else: no OpenMP, no headers of
 PyTorch or Python, no build tool. They are compiled for the very machine, so that the file's name has all that it
 depends on: sources, compiler, flags, the processor's instructions, and the versions of this package and of PyTorch. The
 compiler is the one that Inductor would take.
@@ -37,7 +37,7 @@ MORE_FLAGS = "SVG2_NATIVE_FLAGS"
 SECONDS = 300  # that a compiler may take, and that another process may wait for it
 
 _SOURCES = Path(__file__).resolve().parent
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread", "-fvisibility=hidden")
 _log = logging.getLogger("svg2_compile.kernels")
 
 
@@ -91,13 +91,10 @@ def find_compiler() -> str:
 
 
 def flags() -> list[str]:
-    """For this machine: its own instructions, and OpenMP as PyTorch's wheels have it."""
+    """For this machine: its own instructions, where the compiler does not take them by itself."""
     more = shlex.split(os.environ.get(MORE_FLAGS, ""))
-    if sys.platform == "darwin":
-        # Apple's compiler has no OpenMP library; its functions are those of the one that PyTorch has loaded.
-        return [*_FLAGS, "-Xclang", "-fopenmp", "-undefined", "dynamic_lookup", *more]
-    # Of Clang, too, the runtime that PyTorch has loaded: a second one would have threads of its own.
-    return [*_FLAGS, "-march=native", "-fopenmp", *more]
+    own = () if sys.platform == "darwin" else ("-march=native",)
+    return [*_FLAGS, *own, *more]
 
 
 def sources(folder: Path) -> dict[Path, bytes]:

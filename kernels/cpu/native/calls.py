@@ -59,8 +59,14 @@ def pointer(x: Tensor | None) -> int | None:
 def check_order(order: Tensor) -> None:
     """An order indexes memory: a wrong one must be an error here, not a crash there."""
     num_tokens = order.shape[2]
-    if order.numel() > 0 and (int(order.min()) < 0 or int(order.max()) >= num_tokens):
-        raise ValueError(f"svg2: order lies in [{int(order.min())}, {int(order.max())}]; valid: [0, {num_tokens})")
+    if order.numel() == 0:
+        return
+    order = order.contiguous()
+    library, found = native().library, (ctypes.c_int32 * 2)()
+    assert library is not None, "who calls has looked"
+    library.svg2_range(ctypes.c_void_p(order.data_ptr()), ctypes.c_int64(order.numel()), found)
+    if found[0] < 0 or found[1] >= num_tokens:
+        raise ValueError(f"svg2: order lies in [{found[0]}, {found[1]}]; valid: [0, {num_tokens})")
 
 
 def call_native(name: str, call: ctypes.Structure) -> None:

@@ -23,7 +23,8 @@ struct ClustersCall {
     const float* log_mass;  // [B, Hq, Cq, Ck + 2]
     const uint8_t* block_map;  // [B, Hq, Cq + 2, Ck + 2]
     float* residual;  // [B, Hq, Cq, Dv]
-    float* slope;  // [B, Hkv, parts, D, Dv]: sums that are still to be added up and scaled
+    float* slope_sums;  // [B, Hkv, parts, D, Dv]: workspace
+    float* slope;  // [B, Hkv, D, Dv]
     double scale;
     int64_t batch, q_heads, kv_heads, dim, value_dim, q_clusters, k_clusters, slope_parts, threads;
 

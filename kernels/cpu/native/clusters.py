@@ -27,6 +27,7 @@ _POINTERS = (
     "log_mass",
     "block_map",
     "residual",
+    "slope_sums",
     "slope",
 )
 _SIZES = ("batch", "q_heads", "kv_heads", "dim", "value_dim", "q_clusters", "k_clusters", "slope_parts", "threads")
@@ -56,7 +57,8 @@ def block_estimates(
     """Exact masses and errors of compensation; see ``ops.block_estimates``."""
     batch, q_heads, num_q_clusters, _ = q_centroids.shape
     num_k_clusters = k_centroids.shape[2]
-    mass = q_centroids.new_full((batch, q_heads, num_q_clusters, num_k_clusters + 2), -torch.inf)
+    mass = q_centroids.new_empty(batch, q_heads, num_q_clusters, num_k_clusters + 2)
+    mass[..., num_k_clusters:] = -torch.inf
     error = q_centroids.new_empty(batch, q_heads, num_q_clusters, num_k_clusters)
     if error.numel() == 0:
         return mass, error
@@ -85,18 +87,18 @@ def first_order_terms(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Residual of every query cluster and slope of every key head; see ``ops.first_order_terms``."""
-    batch, kv_heads, num_k_clusters, head_dim = k_centroids.shape
+    batch, kv_heads, _, head_dim = k_centroids.shape
     value_dim = v_centroids.shape[3]
-    residual = q_centroids.new_zeros(*q_centroids.shape[:3], value_dim)
-    slope = q_centroids.new_zeros(batch, kv_heads, SLOPE_PARTS, head_dim, value_dim)
-    if residual.numel() > 0:
-        given = {"q_centroids": q_centroids, "k_centroids": k_centroids, "v_centroids": v_centroids}
-        results = {"residual": residual, "slope": slope}
-        _call(
-            "terms", key, value, scale, k_offsets=k_offsets, log_mass=log_mass, block_map=block_map, **given, **results
-        )
-    tokens_of_clusters = k_offsets[..., num_k_clusters].clamp(min=1)
-    return residual, slope.sum(dim=2).mul_((scale / tokens_of_clusters)[..., None, None])
+    residual = q_centroids.new_empty(*q_centroids.shape[:3], value_dim)
+    slope = q_centroids.new_empty(batch, kv_heads, head_dim, value_dim)
+    if residual.numel() == 0 or slope.numel() == 0:
+        return residual.zero_(), slope.zero_()
+    given = {"q_centroids": q_centroids, "k_centroids": k_centroids, "v_centroids": v_centroids}
+    slope_sums = q_centroids.new_empty(batch, kv_heads, SLOPE_PARTS, head_dim, value_dim)
+    results = {"residual": residual, "slope_sums": slope_sums, "slope": slope}
+    known = {"k_offsets": k_offsets, "log_mass": log_mass, "block_map": block_map}
+    _call("terms", key, value, scale, **known, **given, **results)
+    return residual, slope
 
 
 def _call(name: str, key: Tensor, value: Tensor, scale: float, **others: Tensor) -> None:

@@ -32,7 +32,7 @@ def kmeans(
     clusters = centroids.shape[2]
     x, start = unit_stride(x), centroids.contiguous() if bool(seeded) else None
     valid = None if valid is None else valid.contiguous()
-    labels = x.new_zeros(batch, heads, num_tokens, dtype=torch.int32)
+    labels = x.new_empty(batch, heads, num_tokens, dtype=torch.int32)
     means = x.new_empty(batch, heads, clusters, dim, dtype=torch.float32)
     sizes = x.new_zeros(batch, heads, clusters, dtype=torch.int32)
     given = zip(("start", "valid", "labels", "centroids", "sizes"), (start, valid, labels, means, sizes), strict=True)
@@ -40,6 +40,8 @@ def kmeans(
     threads = threads_for(batch * heads * num_tokens * clusters * dim * iters / VECTOR)
     counts = zip(_SIZES, (batch, heads, num_tokens, dim, clusters, iters, valid_heads, threads), strict=True)
     call = KmeansCall(tokens(x), **{name: pointer(tensor) for name, tensor in given}, **dict(counts))
+    if iters == 0:
+        labels.zero_()
     if labels.numel() > 0:
         call_native("kmeans", call)
     return labels, means, sizes

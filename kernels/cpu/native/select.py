@@ -52,7 +52,8 @@ def select_blocks_of_layer(
         return add_context_and_null(torch.ones_like(log_error, dtype=torch.bool))
     batch, q_heads, q_clusters, k_clusters = log_error.shape
     kv_heads, _, dim = k_centroids.shape[1:]
-    block_map = log_error.new_zeros(batch, q_heads, q_clusters + 2, k_clusters + 2, dtype=torch.bool)
+    block_map = log_error.new_empty(batch, q_heads, q_clusters + 2, k_clusters + 2, dtype=torch.bool)
+    block_map[..., -1, :] = False
     block_map[..., -2, :] = True
     block_map[..., -2] = True
     block_map[..., -1] = False

@@ -119,7 +119,7 @@ struct SlopeRunner {
                 for_groups([&](int64_t d, int vectors) { add_block(block, d, vectors, lanes, sums + d * columns); });
             }
         }
-        float* slope = call.slope + (kv_row * call.slope_parts + part) * call.dim * call.value_dim;
+        float* slope = call.slope_sums + (kv_row * call.slope_parts + part) * call.dim * call.value_dim;
         for_groups([&](int64_t first, int vectors) {
             for (int64_t d = first; d < std::min(call.dim, first + vectors * LANES); ++d) {
                 for (int64_t c = 0; c < call.value_dim; ++c) {
@@ -155,6 +155,20 @@ struct SlopeRunner {
     }
 };
 
+// The slope of one head: the sums of its parts, always in the same order, times the scale and per token of a cluster.
+void add_parts(const ClustersCall& call, int64_t kv_row) {
+    const int64_t size = call.dim * call.value_dim;
+    const int64_t tokens = call.k_offsets[kv_row * (call.k_clusters + 3) + call.k_clusters];
+    const float factor = (float)(call.scale / (double)std::max<int64_t>(tokens, 1));
+    const float* sums = call.slope_sums + kv_row * call.slope_parts * size;
+    float* slope = call.slope + kv_row * size;
+    std::memcpy(slope, sums, size * sizeof(float));
+    for (int64_t part = 1; part < call.slope_parts; ++part) {
+        for (int64_t i = 0; i < size; ++i) slope[i] += sums[part * size + i];
+    }
+    for (int64_t i = 0; i < size; ++i) slope[i] *= factor;
+}
+
 }  // namespace
 }  // namespace svg2
 
@@ -180,6 +194,7 @@ SVG2_EXPORT int64_t svg2_terms(const svg2::ClustersCall* call) {
             if (part < 0) ResidualRunner{*call, floats}.run(item / strips, item % strips * vectors * LANES, vectors);
             else SlopeRunner{*call, floats}.run(part / call->slope_parts, part % call->slope_parts);
         });
+        for_each_item(heads, call->threads, [&](int64_t head, int64_t) { add_parts(*call, head); });
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -98,7 +98,18 @@ SVG2_EXPORT int64_t svg2_order_call_bytes() { return sizeof(svg2::TokensCall); }
 SVG2_EXPORT int64_t svg2_permute_call_bytes() { return sizeof(svg2::TokensCall); }
 SVG2_EXPORT int64_t svg2_means_call_bytes() { return sizeof(svg2::TokensCall); }
 
-// All return 0, or 1 where there is not enough memory.
+// The smallest and the largest of a number of values that is not 0.
+SVG2_EXPORT void svg2_range(const int32_t* values, int64_t count, int32_t* range) {
+    int32_t smallest = values[0], largest = values[0];
+    for (int64_t i = 1; i < count; ++i) {
+        smallest = values[i] < smallest ? values[i] : smallest;
+        largest = values[i] > largest ? values[i] : largest;
+    }
+    range[0] = smallest;
+    range[1] = largest;
+}
+
+// All others return 0, or 1 where there is not enough memory.
 SVG2_EXPORT int64_t svg2_order(const svg2::TokensCall* call) {
     svg2::for_each_item(call->batch * call->heads, call->threads, [&](int64_t head, int64_t) {
         svg2::order_head(*call, head);
