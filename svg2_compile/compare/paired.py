@@ -30,7 +30,7 @@ __all__ = ["compare_subject", "compare_with_dense"]
 EVERY_STEP = 10**9
 """As dense_steps: more steps than any schedule has."""
 
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 1
 PACKAGES = ("svg2-compile", "torch", "diffusers", "transformers")
 
 

@@ -31,7 +31,7 @@ class DemoOptions:
     frames: int = 32
     height: int = 64
     width: int = 64
-    steps: int = 12
+    steps: int = 8
     guidance: float = 3.0
     dense_steps: float = 0.2
     density: float | str | None = None
@@ -80,6 +80,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     with shown_progress(console) as tell:
         comparison = compare_subject(
             subject,
+            regional=True,  # one block is compiled in the stead of eight
             tell=tell,
             dense_steps=options.dense_steps,
             inner_backend=options.inner_backend,
