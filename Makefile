@@ -1,6 +1,7 @@
 # Needs Python 3.10 or later (with venv) and make; everything else is installed into .venv.
 #   make demo    a video transformer, dense and sparse, side by side
-#   make test    lint, types and the whole test suite
+#   make test    lint, types and the test suite, without what is slow
+#   make slow    the slow tests: several processes, the interpreter of GPU kernels, the newest Triton
 #   make lint    ruff and mypy alone
 #   make sanitize   the tests of native code under the address, undefined-behaviour and thread sanitizers
 #   make bench   the CPU benchmarks; results in bench/results/
@@ -24,7 +25,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 NEWEST_TRITON := 3.9.0
 NEWEST_STAMP  := .triton-newest/.installed-$(NEWEST_TRITON)
 
-.PHONY: demo test lint types unit newest-triton sanitize bench bench-gpu install clean
+.PHONY: demo test slow lint types unit newest-triton sanitize bench bench-gpu install clean
 .DEFAULT_GOAL := test
 
 # Installed once, and again when what is to be installed has changed. The demo needs nothing of the tests.
@@ -44,8 +45,11 @@ install: $(TEST_STAMP)
 demo: $(STAMP)
 	$(RUN) -m svg2_compile.cli demo
 
-test: lint newest-triton
-	$(PYTEST)
+test: lint
+	$(PYTEST) -m "not slow"
+
+slow: newest-triton
+	$(PYTEST) -m slow
 
 lint: types
 	$(BIN)/ruff check .

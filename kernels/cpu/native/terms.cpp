@@ -5,37 +5,67 @@
 namespace svg2 {
 namespace {
 
-// D_i of the queries of a strip. An item is a strip.
+constexpr int64_t STRIPS_AT_ONCE = 6;
+
+// D_i of the queries of a few strips, which share what the keys of a cluster are less their mean. An item is such a group.
 struct ResidualRunner {
     const ClustersCall& call;
     float* floats;
 
+    struct Queries {
+        QueryStrip strip;
+        float *sums, *shifts;
+
+        bool skips(int64_t cluster) const {
+            const float* shift = shifts + cluster * strip.width();
+            return std::any_of(shift, shift + strip.rows, [](float x) { return x != __builtin_inff(); });
+        }
+    };
+
+    static int64_t floats_of_strip(const ClustersCall& call) {
+        return STRIP * (up_to_rows(call.value_dim) + call.k_clusters + call.dim);
+    }
     static int64_t floats_needed(const ClustersCall& call) {
-        const int64_t columns = up_to_rows(call.value_dim);
-        return Cluster::floats_needed(call) + STRIP * (KEYS_PER_BLOCK + call.k_clusters + columns + 2 * call.dim);
+        return Cluster::floats_needed(call) + STRIP * (KEYS_PER_BLOCK + call.dim) + STRIPS_AT_ONCE * floats_of_strip(call);
     }
 
-    void run(int64_t kv_row, int64_t first, int most_vectors) const {
-        const int64_t columns = up_to_rows(call.value_dim);
+    // Strips of up to most_vectors vectors from query `first` on.
+    void run(int64_t kv_row, int64_t first, int64_t strips, int most_vectors) const {
         float* weights = floats + Cluster::floats_needed(call);
-        float *shifts = weights + STRIP * KEYS_PER_BLOCK, *sums = shifts + STRIP * call.k_clusters;
-        float *by_row = sums + STRIP * columns, *queries = by_row + STRIP * call.dim;
-        const QueryStrip strip = read_strip(call, kv_row, first, most_vectors, by_row, queries);
+        float *by_row = weights + STRIP * KEYS_PER_BLOCK, *own = by_row + STRIP * call.dim;
         Cluster keys(call, kv_row, floats);
-        std::memset(sums, 0, columns * strip.width() * sizeof(float));
-        read_shifts(strip, keys, kv_row, shifts);
-        for (int64_t j = 0; j < call.k_clusters; ++j) {
-            const float* shift = shifts + j * strip.width();
-            const auto skips = [](float x) { return x != __builtin_inff(); };
-            if (std::none_of(shift, shift + strip.rows, skips)) continue;
-            with_vectors(strip.vectors, [&](auto v) {
-                add_cluster<decltype(v)::value>(strip, keys, j, shift, weights, sums);
-            });
+        Queries at_once[STRIPS_AT_ONCE];
+        int64_t count = 0;
+        for (; count < strips && first < call.queries(); ++count, own += floats_of_strip(call)) {
+            at_once[count] = read(keys, kv_row, first, most_vectors, by_row, own);
+            first += at_once[count].strip.rows;
         }
+        for (int64_t j = 0; j < call.k_clusters; ++j) {
+            for (int64_t at = 0; at < keys.size(j); at += KEYS_PER_BLOCK) {
+                for (int64_t i = 0; i < count; ++i) {
+                    if (at_once[i].skips(j)) add_block(at_once[i], keys.read(j, at, false), j, weights);
+                }
+            }
+        }
+        for (int64_t i = 0; i < count; ++i) write(at_once[i], kv_row);
+    }
+
+  private:
+    // own: floats_of_strip, for what is returned.
+    Queries read(
+        const Cluster& keys, int64_t kv_row, int64_t first, int most_vectors, float* by_row, float* own) const {
+        float *sums = own + STRIP * call.dim, *shifts = sums + STRIP * up_to_rows(call.value_dim);
+        const Queries of{read_strip(call, kv_row, first, most_vectors, by_row, own), sums, shifts};
+        std::memset(sums, 0, up_to_rows(call.value_dim) * of.strip.width() * sizeof(float));
+        read_shifts(of.strip, keys, kv_row, shifts);
+        return of;
+    }
+
+    void write(const Queries& of, int64_t kv_row) const {
         float* residual = rows_of_head(call.residual, call, kv_row, call.value_dim);
-        for (int64_t lane = 0; lane < strip.rows; ++lane) {
+        for (int64_t lane = 0; lane < of.strip.rows; ++lane) {
             for (int64_t c = 0; c < call.value_dim; ++c) {
-                residual[(first + lane) * call.value_dim + c] = sums[c * strip.width() + lane];
+                residual[(of.strip.first + lane) * call.value_dim + c] = of.sums[c * of.strip.width() + lane];
             }
         }
     }
@@ -65,33 +95,35 @@ struct ResidualRunner {
         }
     }
 
+    void add_block(const Queries& of, const KeyBlock& block, int64_t cluster, float* weights) const {
+        const float* shifts = of.shifts + cluster * of.strip.width();
+        with_vectors(of.strip.vectors, [&](auto v) {
+            add_block<decltype(v)::value>(of.strip, block, shifts, weights, of.sums);
+        });
+    }
+
     template <int V>
-    void add_cluster(
-        const QueryStrip& strip, Cluster& keys, int64_t cluster, const float* shifts, float* weights, float* sums) const {
+    void add_block(
+        const QueryStrip& strip, const KeyBlock& block, const float* shifts, float* weights, float* sums) const {
         Vec one[V], shift[V], largest[V] = {};
         SVG2_UNROLL for (int v = 0; v < V; ++v) {
             one[v] = broadcast(1.0f);
             shift[v] = load(shifts + v * LANES);
         }
-        const int64_t columns = up_to_rows(call.value_dim), size = keys.size(cluster);
-        for (int64_t at = 0; at < size; at += KEYS_PER_BLOCK) {
-            const KeyBlock& block = keys.read(cluster, at, false);
-            for (int64_t i = 0; i < block.count; i += ROWS) {
-                scores_of_rows<V>(
-                    block.keys + i, block.bias + i, strip.queries, call.dim, weights + i * V * LANES, largest);
+        for (int64_t i = 0; i < block.count; i += ROWS) {
+            scores_of_rows<V>(block.keys + i, block.bias + i, strip.queries, call.dim, weights + i * V * LANES, largest);
+        }
+        for (int64_t i = 0; i < block.count; ++i) {
+            Vec weight[V];
+            float* at_row = weights + i * V * LANES;
+            SVG2_UNROLL for (int v = 0; v < V; ++v) {
+                weight[v] = rounded(load(at_row + v * LANES) * broadcast(LOG2_E)) - shift[v];
             }
-            for (int64_t i = 0; i < block.count; ++i) {
-                Vec weight[V];
-                float* at_row = weights + i * V * LANES;
-                SVG2_UNROLL for (int v = 0; v < V; ++v) {
-                    weight[v] = rounded(load(at_row + v * LANES) * broadcast(LOG2_E)) - shift[v];
-                }
-                exp2<V>(weight);
-                SVG2_UNROLL for (int v = 0; v < V; ++v) store(at_row + v * LANES, weight[v]);
-            }
-            for (int64_t column = 0; column < columns; column += ROWS) {
-                add_weighted_columns<V>(block.values, block.count, weights, column, one, sums + column * V * LANES);
-            }
+            exp2<V>(weight);
+            SVG2_UNROLL for (int v = 0; v < V; ++v) store(at_row + v * LANES, weight[v]);
+        }
+        for (int64_t column = 0; column < up_to_rows(call.value_dim); column += ROWS) {
+            add_weighted_columns<V>(block.values, block.count, weights, column, one, sums + column * V * LANES);
         }
     }
 };
@@ -187,11 +219,13 @@ SVG2_EXPORT int64_t svg2_terms(const svg2::ClustersCall* call) {
         int vectors = VECTORS;  // narrower strips where there are threads without any
         const auto strips_of = [&] { return (call->queries() + vectors * LANES - 1) / (vectors * LANES); };
         while (vectors > 1 && heads * strips_of() < 2 * call->threads) --vectors;
-        const int64_t strips = strips_of(), residuals = heads * strips;
+        const int64_t most = heads * strips_of() / (2 * call->threads);
+        const int64_t strips = std::max<int64_t>(1, std::min(STRIPS_AT_ONCE, most));
+        const int64_t groups = (strips_of() + strips - 1) / strips, residuals = heads * groups;
         for_each_item(residuals + heads * call->slope_parts, call->threads, [&](int64_t item, int64_t thread) {
             float* floats = workspace.of_thread(thread);
-            const int64_t part = item - residuals;
-            if (part < 0) ResidualRunner{*call, floats}.run(item / strips, item % strips * vectors * LANES, vectors);
+            const int64_t part = item - residuals, first = item % groups * strips * vectors * LANES;
+            if (part < 0) ResidualRunner{*call, floats}.run(item / groups, first, strips, vectors);
             else SlopeRunner{*call, floats}.run(part / call->slope_parts, part % call->slope_parts);
         });
         for_each_item(heads, call->threads, [&](int64_t head, int64_t) { add_parts(*call, head); });
