@@ -4,6 +4,7 @@
 #   make slow    the slow tests: several processes, the interpreter of GPU kernels, the newest Triton
 #   make lint    ruff and mypy alone
 #   make sanitize   the tests of native code under the address, undefined-behaviour and thread sanitizers
+#   make neon    native code for ARM under an emulator, against what it gives here
 #   make bench   the CPU benchmarks; results in bench/results/
 #   make bench-gpu   on a machine with a CUDA device: kernels against dense attention and the peers
 
@@ -25,7 +26,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 NEWEST_TRITON := 3.9.0
 NEWEST_STAMP  := .triton-newest/.installed-$(NEWEST_TRITON)
 
-.PHONY: demo test slow lint types unit newest-triton sanitize bench bench-gpu install clean
+.PHONY: demo test slow lint types unit newest-triton sanitize neon bench bench-gpu install clean
 .DEFAULT_GOAL := test
 
 # Installed once, and again when what is to be installed has changed. The demo needs nothing of the tests.
@@ -83,6 +84,10 @@ sanitize: $(TEST_STAMP)
 	SVG2_NATIVE_FLAGS="-g -fsanitize=thread" LD_PRELOAD="$(call PRELOAD,libtsan.so)" \
 		TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/.ci/tsan-suppressions.txt \
 		$(BIN)/python -m tests.kernels.cpu.exercise_threads
+
+# Compiled for NEON and run under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user), against this machine's results.
+neon: $(TEST_STAMP)
+	$(BIN)/python -m tests.kernels.cpu.emulated
 
 unit: $(TEST_STAMP)
 	$(PYTEST)

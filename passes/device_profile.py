@@ -34,14 +34,14 @@ class DeviceProfile:
 
 CPU = DeviceProfile(
     name="cpu",
-    dense_flops=1.5e11,
-    sparse_flops=1.5e11,
-    kmeans_flops=1.1e11,
-    bandwidth=1.5e10,
-    cluster_overhead=2e-5,
-    head_overhead=2e-4,
-    call_overhead=5e-4,
-    source="fitted to the stages of bench/cpu_attention on 2 cores: float32, 4,096 to 16,384 tokens",
+    dense_flops=1.22e11,
+    sparse_flops=1.22e11,
+    kmeans_flops=1.2e11,
+    bandwidth=2.0e10,
+    cluster_overhead=4e-6,
+    head_overhead=1e-4,
+    call_overhead=1e-3,
+    source="fitted to bench/cpu_attention on 2 cores with AVX2: float32, 4,096 to 32,768 tokens, 6 to 50 % density",
 )
 # Devices without kernels of their own run the readable reference, which is there to be right.
 REFERENCE = DeviceProfile(

@@ -11,6 +11,8 @@ from tests.distributed import checks
 from tests.distributed.pool import RankPool
 from tests.support import IDENTITY, SELECTION
 
+pytestmark = pytest.mark.slow
+
 # Several orders of summation, a few layers and steps apart.
 ROUNDING = 1e-5
 POOLED: dict[str, Any] = {

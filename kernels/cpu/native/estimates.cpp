@@ -25,7 +25,7 @@ void estimate(
         }
         return;
     }
-    Vec shift[V] = {}, total[V] = {}, at_mean[V];
+    Vec shift[V] = {}, total[V] = {}, at_mean[V] = {};
     std::memset(sums, 0, columns * V * LANES * sizeof(float));
     for (int64_t at = 0; at < size; at += KEYS_PER_BLOCK) {
         const KeyBlock& block = keys.read(cluster, at, true);

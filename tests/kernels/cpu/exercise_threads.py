@@ -18,8 +18,8 @@ TOKENS, HEADS, DIM, Q_CLUSTERS, K_CLUSTERS = 400, 2, 24, 6, 20
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, torch.Tensor]:
     """The rewritten attention from end to end; its results by name."""
     cold, scale = torch.tensor(False), DIM**-0.5
-    q_labels, q_means, q_sizes = native.kmeans(query, query.new_zeros(1, HEADS, Q_CLUSTERS, DIM), cold, 2)
-    k_labels, k_means, _ = native.kmeans(key, key.new_zeros(1, HEADS, K_CLUSTERS, DIM), cold, 2)
+    q_labels, q_means, q_sizes = native.kmeans(query, torch.zeros(1, HEADS, Q_CLUSTERS, DIM), cold, 2)
+    k_labels, k_means, _ = native.kmeans(key, torch.zeros(1, HEADS, K_CLUSTERS, DIM), cold, 2)
     q_order, q_offsets = native.cluster_order(q_labels, Q_CLUSTERS, 0, TOKENS)
     k_order, k_offsets = native.cluster_order(k_labels, K_CLUSTERS, 0, TOKENS)
     k, v = native.permute_tokens(key, k_order), native.permute_tokens(value, k_order)
