@@ -79,7 +79,7 @@ def render(comparison: Pair) -> str:
         frames=frames,
         quality_charts=_quality_charts(comparison),
         time_chart=charts.bar_chart("Seconds per step", comparison.dense.step_seconds, comparison.sparse.step_seconds),
-        density_chart=_density_chart(comparison),
+        step_charts=[chart for chart in (_density_chart(comparison), _error_chart(comparison)) if chart],
         chart_size=(charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
         heat_maps=_heat_maps(comparison),
         legend=[colour(step / (LEGEND_STEPS - 1)) for step in range(LEGEND_STEPS)],
@@ -147,6 +147,14 @@ def _density_chart(c: Pair) -> charts.Line | None:
     if not known or len(known) < len(percents):
         return None
     return charts.line_chart("Density per step, %", known, " %", 1, "step", from_zero=True)
+
+
+def _error_chart(c: Pair) -> charts.Line | None:
+    errors = c.error_per_step()
+    if errors is None:
+        return None
+    percents = [100 * error for error in errors]
+    return charts.line_chart("Measured error of the output per step, %", percents, " %", 2, "step", from_zero=True)
 
 
 def _heat_maps(c: Pair) -> list[HeatMap]:

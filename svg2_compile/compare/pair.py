@@ -85,6 +85,16 @@ class Pair:
             return None
         return sum(self.dense.step_seconds[s] for s in steps) / sum(self.sparse.step_seconds[s] for s in steps)
 
+    def error_per_step(self) -> list[float] | None:
+        """Mean measured error of the sparse attentions by step, 0 where all were dense; None where it was not measured."""
+        errors = {summary.name: summary.error for summary in self.report.by_step() if summary.error is not None}
+        return [errors.get(str(step), 0.0) for step in range(self.density.num_steps)] if errors else None
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest measured error of any attention; None where it was not measured."""
+        return max((layer.worst for layer in self.report.by_layer() if layer.worst is not None), default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Every number as plain data for JSON; an infinite PSNR is None and ``identical`` true. No frames."""
         return {
@@ -103,6 +113,8 @@ class Pair:
             "speedup": self.speedup,
             "speedup_of_sparse_steps": self.speedup_of_sparse_steps,
             "density": self.density.to_dict(),
+            "error_per_step": self.error_per_step(),
+            "worst_error": self.worst_error,
             "sites": [asdict(site) for site in self.report.sites],
             "latent": self.latent,
             "maps": self.maps.facts() if self.maps else None,
@@ -116,6 +128,12 @@ class Pair:
         else:
             overall = self.density.mean_overall
             lines.append(f"density   {density:.1%} where sparse, {overall:.1%} over all steps and layers")
+        errors, worst = self.error_per_step(), self.worst_error
+        if errors is not None and worst is not None:
+            sparse = [errors[step] for step in sparse_steps(self.density)]
+            lines.append(
+                f"error     {sum(sparse) / len(sparse):.2%} of the output where sparse, at most {worst:.2%}, measured"
+            )
         lines.append(f"PSNR      {decibel(self.psnr)}")
         if self.ssim is not None and self.ms_ssim is not None:
             lines.append(f"SSIM      {self.ssim:.4f} (multi-scale {self.ms_ssim:.4f})")

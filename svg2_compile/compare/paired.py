@@ -30,7 +30,6 @@ __all__ = ["compare_subject", "compare_with_dense"]
 EVERY_STEP = 10**9
 """As dense_steps: more steps than any schedule has."""
 
-WARM_UP_STEPS = 1
 PACKAGES = ("svg2-compile", "torch", "diffusers", "transformers")
 
 
@@ -181,7 +180,7 @@ def _warm_up(subject: Subject, enabled: Enabled, teller: _Teller) -> None:
         teller.begin(phase)
         _with_dense_steps(enabled, dense_steps)
         with enabled.session.watch.quiet():  # one of them is dense on purpose
-            subject.generate(WARM_UP_STEPS)
+            subject.generate(subject.warm_up_steps)
     _with_dense_steps(enabled, asked)
 
 

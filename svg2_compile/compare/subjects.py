@@ -30,6 +30,7 @@ class Subject:
         facts: what was asked for, to be shown: prompt, seed, size, steps ...
         latent: the video is one of latents, in no known range.
         option_defaults: svg2 options that this subject needs unless they are given.
+        warm_up_steps: the fewest that run everything; some schedulers make no schedule of a single one.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Subject:
     facts: dict[str, Any]
     latent: bool = False
     option_defaults: dict[str, Any] = field(default_factory=dict)
+    warm_up_steps: int = 2
 
 
 def pipeline_subject(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Subject:
@@ -136,4 +138,7 @@ def shipped_subject(
         "guidance": guidance,
     }
     # The cost model's crossover is about speed; what this model is for is quality.
-    return Subject("svg2's small trained model", model, scheduler, generate, facts, option_defaults={"min_tokens": 0})
+    defaults = {"min_tokens": 0}
+    return Subject(
+        "svg2's small trained model", model, scheduler, generate, facts, option_defaults=defaults, warm_up_steps=1
+    )

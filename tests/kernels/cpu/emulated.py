@@ -3,8 +3,8 @@
     python -m tests.kernels.cpu.emulated                        NEON: aarch64-linux-gnu-g++ and qemu-aarch64
     python -m tests.kernels.cpu.emulated --compiler ... --emulator ...
 
-Debian and Ubuntu have both as packages (g++-aarch64-linux-gnu, qemu-user). Every call of the rewritten attention is made
-there with the same bytes; results may differ by rounding only, labels and orders not at all.
+Debian and Ubuntu have both as packages (g++-aarch64-linux-gnu, qemu-user). Every call of the rewritten attention is
+made there with the same bytes; results may differ by rounding only, labels and orders not at all.
 """
 
 from __future__ import annotations
