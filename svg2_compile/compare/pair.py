@@ -86,7 +86,7 @@ class Pair:
         return sum(self.dense.step_seconds[s] for s in steps) / sum(self.sparse.step_seconds[s] for s in steps)
 
     def error_per_step(self) -> list[float] | None:
-        """Mean measured error of the sparse attentions by step, 0 where all were dense; None where it was not measured."""
+        """Mean measured error of the sparse attentions by step, 0 where all were dense; None where none was."""
         errors = {summary.name: summary.error for summary in self.report.by_step() if summary.error is not None}
         return [errors.get(str(step), 0.0) for step in range(self.density.num_steps)] if errors else None
 
