@@ -2,6 +2,7 @@
 
     python -m bench.e2e_quality            8,192 and 16,384 tokens, 20 steps; JSON in bench/results/e2e_quality.json
     python -m bench.e2e_quality --densities 0.10 0.15    every size at several budgets
+    python -m bench.e2e_quality --dense-layers 0         without a dense first layer
     python -m bench.e2e_quality --quick    a small video, few steps; writes nothing
 
 A pair as ``svg2 compare`` runs it: same noise, same compiled dense graph, same inner backend (Inductor), no compilation
@@ -80,6 +81,7 @@ def run_case(size: VideoSize, steps: int, options: dict[str, Any]) -> dict[str, 
         "steps": steps,
         "guidance": GUIDANCE,
         "dense_steps": cold,
+        **{name: pair.settings[name] for name in ("compensation", "routing", "budget", "dense_layers")},
         **options,
         "density": round(density, 4),
         "psnr_db": round(pair.psnr, 2),
@@ -102,13 +104,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     budgets = "fixed budgets instead of the default selection"
     parser.add_argument("--densities", type=float, nargs="+", default=(None,), metavar="DENSITY", help=budgets)
+    layers = "as the option dense_layers; default: svg2's"
+    parser.add_argument("--dense-layers", type=float, default=None, metavar="SHARE", help=layers)
     arguments = parser.parse_args()
     sizes = (VideoSize(8, 48, 48),) if arguments.quick else arguments.sizes
     results = []
     for size, density in itertools.product(sizes, arguments.densities):
-        options: dict[str, Any] = {"compensation": "centroid", "routing": "error"}
-        if density is not None:
-            options["density"] = density
+        given = {"density": density, "dense_layers": arguments.dense_layers}
+        options = {name: value for name, value in given.items() if value is not None}
         results.append(run_case(size, 6 if arguments.quick else arguments.steps, options))
         print(results[-1], flush=True)
     if not arguments.quick:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -166,7 +167,10 @@ def run_as_model(module: nn.Module, label: str, enabled: Enabled, run: Callable[
         alive = reference()
         assert alive is not None  # it is being called
         model_call = ModelCall(
-            session, alive, label, lambda: named_timesteps({**dict(zip(names, args, strict=False)), **kwargs}), memo
+            *(session, alive, label),
+            lambda: named_timesteps({**dict(zip(names, args, strict=False)), **kwargs}),
+            memo,
+            lambda: patches_of(alive, (*args, *kwargs.values())),
         )
         with running_model(model_call):
             result = run(*args, **kwargs)
@@ -177,6 +181,23 @@ def run_as_model(module: nn.Module, label: str, enabled: Enabled, run: Callable[
     enabled._modules.append(reference)
     if callable(getattr(module, "cache_context", None)):
         enabled._undo.append(name_branches(module))
+
+
+def patches_of(module: nn.Module, inputs: Sequence[Any]) -> int | None:
+    """How many patches the video among ``inputs`` has, [B, C, F, H, W] or [B, F, C, H, W], by what models say of
+    themselves in their configuration or as attributes; None where that does not tell."""
+
+    def said(name: str) -> Any:
+        return getattr(getattr(module, "config", None), name, None) or getattr(module, name, None)
+
+    patch, channels = said("patch_size"), said("in_channels")
+    if isinstance(patch, int):
+        patch = (said("patch_size_t") or 1, patch, patch)
+    video = next((x for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 5), None)
+    if video is None or channels not in video.shape[1:3] or not isinstance(patch, (list, tuple)) or len(patch) != 3:
+        return None
+    frames = video.shape[2] if video.shape[1] == channels else video.shape[1]
+    return math.prod(-(-size // step) for size, step in zip((frames, *video.shape[3:]), patch, strict=True))
 
 
 def _replace_call(module: nn.Module, call: Callable[..., Any], enabled: Enabled) -> None:

@@ -29,6 +29,8 @@ class ModelCall:
         standing: where the call stands, found at the first need. located: whether it was looked for.
         request: the Request of that. occurrences: how often each layer was called. graphs: how many compiled graphs
             ran; graphs_with_attention: how many of them have one.
+        patches: yields how many patches the video input has, None where that cannot be told.
+        video_tokens: lengths of the attentions that ran sparse in blocks of their own.
         memo: what is remembered from call to call of this model, for as long as it is enabled.
     """
 
@@ -39,6 +41,7 @@ class ModelCall:
         label: str,
         timesteps: Callable[[], list[Any]],
         memo: dict[str, Any] | None = None,
+        patches: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.owner = owner
         self.module = module
@@ -51,6 +54,8 @@ class ModelCall:
         self.memo = {} if memo is None else memo
         self.graphs = 0
         self.graphs_with_attention = 0
+        self.patches = patches
+        self.video_tokens: set[int] = set()
 
 
 class Part:

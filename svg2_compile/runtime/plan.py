@@ -39,6 +39,7 @@ class Program(Talking, Protocol):
     time_reader: TimeReader
     layers: LayerTable
     graph_report: GraphReport
+    video_tokens: frozenset[int]
 
     def site_reports(self) -> list[SiteReport]:
         """Every attention of the program's graph."""

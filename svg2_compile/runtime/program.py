@@ -84,6 +84,8 @@ class DenoisingProgram:
         self._scalars: dict[tuple[torch.dtype, bool | float], torch.Tensor] = {}
         self._tokens: tuple[int, ...] | None = None
         self._failed = False
+        lengths = [site.video_tokens for site in sites if site.decision == "sparse"]
+        self.video_tokens = frozenset(length for length in lengths if isinstance(length, int))
         # The groups of ranks that the graph exchanges tensors with, and what was agreed on with them at the first call.
         self.groups = tuple(group.name for group in rank_groups(dense.gm) if group.size > 1)
         self.terms: Terms | None = None

@@ -109,6 +109,8 @@ class Session:
                 plan = replace(plan, sparse=False, reason=RANKS_DIFFER)
             if plan.request is not None:
                 plan.request.note(plan.sparse, plan.reason)
+            if plan.sparse and program.regional and call is not None:
+                call.video_tokens |= program.video_tokens
             self.watch.ran(call, has_attention=True)
             return plan
 

@@ -88,6 +88,7 @@ class SilenceWatch:
         self._calls += 1
         if id(call.module) in self._left:
             return
+        self.text_in_video(call)
         # A cache may answer a call in the stead of the model.
         if not call.graphs_with_attention and not getattr(call.module, "is_cache_enabled", False):
             if not call.graphs:
@@ -97,6 +98,20 @@ class SilenceWatch:
         standing, request = call.standing, call.request
         if standing is not None and standing.is_last and standing.step > 0 and request.sparse_calls == 0:
             self._say_dense_video(request.dense_reasons, programs)
+
+    def text_in_video(self, call: ModelCall) -> None:
+        """Blocks compiled alone may be handed text in one row with the video, and nothing in them shows it."""
+        seen: set[int] = call.memo.setdefault("video_tokens", set())
+        new = call.video_tokens - seen
+        seen |= new
+        patches = call.patches() if new else None
+        if patches is not None and max(new) > patches:
+            self._say(
+                ("text in video", id(call.module)),
+                f"blocks of {type(call.module).__name__} cluster {max(new)} tokens, but its video has {patches} "
+                "patches: text or references that lie in one row with the video are clustered with it, as nothing in "
+                "a block tells them apart. enable(..., regional=False) compiles the whole model, which does.",
+            )
 
     def graph_failed(self, name: str, error: Exception) -> None:
         """The sparse graph of a program raised; the dense one runs from now on."""
