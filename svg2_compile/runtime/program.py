@@ -15,6 +15,7 @@ from svg2_compile.codegen.symbols import SymbolBinder
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.graph.collectives import rank_groups
 from svg2_compile.passes.hoist_centroids import StateSpec
+from svg2_compile.passes.sites import dense_layer_detail
 from svg2_compile.passes.stays_dense import StaysDense
 from svg2_compile.passes.worth import Worth
 from svg2_compile.reporting.records import GraphReport, SiteReport
@@ -101,7 +102,13 @@ class DenoisingProgram:
         labels = self.layers.labels()
         if not labels:
             return list(self.sites)
-        return [replace(site, name=qualified(label, site.name)) for label in labels for site in self.sites]
+        dense = self.session.dense_layer_names() if self.regional else []
+        detail = dense_layer_detail(len(dense), self.session.config.dense_layers)
+        return [
+            replace(_left_dense(site, detail) if label in dense else site, name=qualified(label, site.name))
+            for label in labels
+            for site in self.sites
+        ]
 
     def __call__(self, *args: Any) -> Any:
         if self.sparse is None or self.spec is None:
@@ -282,3 +289,10 @@ class DenoisingProgram:
                 label=plan.layer.label,
             )
         )
+
+
+def _left_dense(site: SiteReport, detail: str) -> SiteReport:
+    """A site as it is in one of the layers that dense_layers leaves dense, where the graph serves the others too."""
+    if site.decision != "sparse":
+        return site
+    return replace(site, decision="dense", reason="dense_layer", detail=detail, expected_density=None)
