@@ -121,6 +121,7 @@ def test_compile_repeated_blocks():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_dense_steps_are_bit_identical_to_inductor():
     module, inputs = build("wan_t2v")
     with torch.no_grad():

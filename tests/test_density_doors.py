@@ -102,6 +102,7 @@ def test_a_saved_program_and_another_density_for_it(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_package_takes_the_density_too(tmp_path: Path) -> None:
     program = svg2_compile.transform(exported_block(), **{**OPTIONS, "inner_backend": "inductor"})
     svg2_compile.package(program, tmp_path / "block.pt2")

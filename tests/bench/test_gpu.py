@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 TINY = shapes_for(rehearsal=True)
 
 
+@pytest.mark.slow
 def test_rehearsal_runs_everything_and_leaves_the_results_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

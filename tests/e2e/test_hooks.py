@@ -35,6 +35,7 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 @pytest.mark.parametrize("name", CACHES)
 def test_caches_of_diffusers(name, regional, caplog):
@@ -72,6 +73,7 @@ HIDDEN: dict[str, Callable[[Any], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hooks_that_hide_the_attentions(name, regional, caplog):
@@ -124,6 +126,7 @@ def test_offloading(name, regional):
     assert len(cold) == 2 * BRANCHES * (LAYERS - 1) and set(cold.values()) == {1}
 
 
+@pytest.mark.slow
 def test_ten_layers_in_block_graphs_are_ten_layers():
     """A cache makes every block a graph of its own: none continues from another block's centroids."""
     with torch.random.fork_rng(devices=[]):

@@ -24,6 +24,8 @@ import svg2_compile
 from svg2_compile.runtime.program import DenoisingProgram
 from tests.support import SELECTION
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 5
 OPTIONS = {**SELECTION, "num_q_clusters": 3, "num_k_clusters": 5, "init_iters": 2, "dense_steps": 1}
 SIZES = ((1, 8, 8), (2, 8, 8))

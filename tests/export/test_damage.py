@@ -61,6 +61,7 @@ def saved(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_refused_or_loads_equal(saved, tmp_path):
     torch.save(block_inputs(), tmp_path / "inputs")
     done = subprocess.run(

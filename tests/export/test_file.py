@@ -46,6 +46,7 @@ def saved(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_fresh_process_runs_the_same_videos(tmp_path):
     expected = {}
     for name in NAMES:

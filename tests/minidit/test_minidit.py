@@ -198,6 +198,7 @@ def test_export_and_sample(tmp_path: Path) -> None:
         assert (gif.n_frames, gif.size) == (2, (52, 16 + 16))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_learns_a_little(tmp_path: Path) -> None:
     torch.manual_seed(0)

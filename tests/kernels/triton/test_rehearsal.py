@@ -108,6 +108,7 @@ def test_from_torch_compile_to_launches_without_a_host_read(name: str, options: 
     assert kernels["_exact_rows"] == (sites if options == GUARD else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [EAR, FIRST_ORDER])
 def test_every_launch_of_a_model_compiles_for_hopper(options: dict[str, Any]) -> None:
     _, launches = rehearse("hunyuan_video", options)
