@@ -29,6 +29,7 @@ import torch
 from torch import fx
 
 from svg2_compile.passes.attention.call import AttentionCall, KeyMask
+from svg2_compile.passes.attention.emit_picked import Places, emit_picked, emit_places, emit_put
 from svg2_compile.passes.attention.emit_rest import Rows, emit_rest, emit_rows
 from svg2_compile.passes.attention.masks import KeyPadding
 from svg2_compile.passes.graph.builder import GraphBuilder
@@ -77,13 +78,17 @@ class _SiteRewriter:
     def rewrite(self) -> Site:
         call, build = self.call, self.build
         dense = build.value(self.anchor)
-        query, key, value = (self._in_order(self._heads_first(n, dense.dtype), 2) for n in self._operands())
-        rows = None if call.parted is None else emit_rows(build, call, build.size(query, 2))
+        places = None if call.picked is None else self._places()
+        operands = self._operands() if places is None else (emit_put(build, places, n) for n in self._operands())
+        query, key, value = (self._in_order(self._heads_first(n, dense.dtype), 2) for n in operands)
+        rows = places if call.parted is None else emit_rows(build, call, build.size(query, 2))
         padding = self._key_padding(query, rows)
         shape = [*(build.size(query, dim) for dim in range(3)), build.size(value, 3)]
         attended = build.call(_aten.new_empty.default, query, shape, name="attention")
         out = self._heads_back(self._out_of_order(attended))
-        if rows is not None:
+        if places is not None:
+            out = emit_picked(build, call, places, out)
+        elif isinstance(rows, Rows):
             out = emit_rest(build, call, rows, out)
         if dense.stride() != build.value(out).stride():
             out = build.call(_aten.contiguous.default, out)
@@ -141,7 +146,12 @@ class _SiteRewriter:
         places = self.build.unpack(pieces, [f"piece_{index}" for index in range(len(lengths))])
         return self.build.call(_aten.cat.default, [places[index] for index in _order(self.site)], 2)
 
-    def _key_padding(self, query: fx.Node, rows: Rows | None) -> KeyPadding | None:
+    def _places(self) -> Places:
+        tokens, total = (sympy.sympify(self.site.num_tokens) * count for count in (1, self.call.sequences))
+        sizes = (self.sizes.emit(plain_size(size), before=self.anchor) for size in (tokens, total, total - 1))
+        return emit_places(self.build, self.call, *sizes)
+
+    def _key_padding(self, query: fx.Node, rows: Rows | Places | None) -> KeyPadding | None:
         build, padding = self.build, self.site.key_padding
         if rows is not None:
             attended = self._in_order(rows.attended, 1)

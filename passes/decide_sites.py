@@ -33,9 +33,10 @@ from svg2_compile.passes.graph.sizes import plain_size
 from svg2_compile.passes.graph.values import node_value
 from svg2_compile.passes.layout.axes import Factor
 from svg2_compile.passes.layout.lengths import same_length, size_expr
+from svg2_compile.passes.picked_tokens import as_picked, check_picks
 from svg2_compile.passes.sites import Site, SitePolicy, Skip, dense_layer_count, dense_layer_detail
 from svg2_compile.passes.stays_dense import StaysDense
-from svg2_compile.passes.token_layout import TokenLayouts
+from svg2_compile.passes.token_layout import TokenLayouts, segments_of
 
 __all__ = ["Parts", "decide_call", "decide_sites", "numbered", "video_parts"]
 
@@ -73,7 +74,7 @@ def decide_sites(
         (found.node, Skip(found.name, found.reason, found.detail)) for found in unreadable
     ]
     profile = profile or profile_for(device)
-    for call in calls:
+    for call in (as_picked(call, layouts) for call in calls):
         find_parts = functools.partial(video_parts, call, layouts)
         decisions.append((call.node, _decide(call, find_parts, policy, device, profile, numbers or {})))
     position = {node: i for i, node in enumerate(next(iter(decisions))[0].graph.nodes)} if decisions else {}
@@ -224,7 +225,8 @@ def _dimensions(call: AttentionCall, known: Mapping[sympy.Symbol, Any]) -> tuple
     head_dim = _number(query.shape[-1], known)
     if not isinstance(head_dim, int):
         raise StaysDense("unknown_layout", f"a symbolic head_dim, {head_dim}")
-    sizes = (batch, heads, kv_heads, FloorDiv(size_expr(query.shape[call.token_dim]), call.sequences))
+    rows = query.shape[call.token_dim] if call.picked is None else call.picked.queries.length
+    sizes = (batch, heads, kv_heads, FloorDiv(size_expr(rows), call.sequences))
     batch, heads, kv_heads, tokens = (_number(size, known) for size in sizes)
     return batch, heads, kv_heads, head_dim, tokens
 
@@ -236,11 +238,15 @@ def _number(size: Any, known: Mapping[sympy.Symbol, Any]) -> Any:
 
 def video_parts(call: AttentionCall, layouts: TokenLayouts) -> Parts:
     """Where the video is, by the layouts of queries and keys."""
-    query = layouts.segments(call.query, call.token_dim, call.sequences)
-    key = layouts.segments(call.key, call.key_token_dim, call.sequences)
+    if call.picked is not None:
+        query, key = (segments_of(axis, call.sequences) for axis in (call.picked.queries, call.picked.keys))
+    else:
+        check_picks(call, layouts)
+        query = layouts.segments(call.query, call.token_dim, call.sequences)
+        key = layouts.segments(call.key, call.key_token_dim, call.sequences)
     if query is None or key is None or not layouts.latent:
         raise StaysDense("unknown_layout", layouts.why_unknown(call.query))
-    if _arrive_as_they_are(query, key, call, layouts):
+    if call.picked is None and _arrive_as_they_are(query, key, call, layouts):
         return ((0, plain_size(query[0].length)),)
     query_parts, key_parts = _parts(query, layouts), _parts(key, layouts)
     has_video = [any(is_video for is_video, _ in parts) for parts in (query_parts, key_parts)]

@@ -25,7 +25,9 @@ from svg2_compile.passes.layout.axes import MIXED, UNKNOWN, Axes, Axis, Factor, 
 from svg2_compile.passes.layout.interpreter import Interpretation, interpret
 from svg2_compile.passes.layout.latent import find_latent
 from svg2_compile.passes.layout.lengths import exact_quotient
+from svg2_compile.passes.layout.marks import Picked
 from svg2_compile.passes.layout.mode import AttentionAxes
+from svg2_compile.passes.layout.picked import pick_of
 from svg2_compile.passes.layout.reshape import reshape
 
 
@@ -35,6 +37,7 @@ class TokenLayouts:
 
     `latent`: the input whose positions are the video's. `inputs`: the placeholders that are no parameters or buffers.
     `attentions`: token axes of every attention met. `unruled_ops`: how often an operator without a rule was met.
+    `picks`: for tensors whose first axis was picked by places, the axis that it was picked from, and the places.
     """
 
     axes: dict[fx.Node, Axes]
@@ -42,6 +45,7 @@ class TokenLayouts:
     inputs: frozenset[str]
     attentions: tuple[AttentionAxes, ...]
     unruled_ops: Counter[str] = field(default_factory=Counter)
+    picks: dict[fx.Node, tuple[Axis, fx.Node]] = field(default_factory=dict)
 
     def of(self, node: fx.Node) -> Axes | None:
         """The axes of the tensor that `node` yields; None where it yields no tensor."""
@@ -53,13 +57,7 @@ class TokenLayouts:
         `sequences`: the axis holds so many equal sequences one after the other; what is asked for is one of them.
         """
         axes = self.axes.get(node)
-        axis = None if axes is None else axes[dim]
-        if axis is not None and axis.length is not None and sequences > 1:
-            count = sympy.Integer(sequences)
-            each = exact_quotient(axis.length, count)
-            axis = None if each is None else reshape((axis,), [axis.length], [count, each])[1]
-        factor = None if axis is None else collapse(axis)
-        return None if factor is None or any(MIXED in segment.sources for segment in factor) else factor
+        return None if axes is None else segments_of(axes[dim], sequences)
 
     def why_unknown(self, node: fx.Node) -> str:
         """In words: where the positions of a tensor were lost, and the way out."""
@@ -90,6 +88,17 @@ class TokenLayouts:
         return all(axis.known for axis in self.axes.get(node, ()))
 
 
+def segments_of(axis: Axis, sequences: int = 1) -> Factor | None:
+    """An axis as one concatenation, or one of its ``sequences``; None where that is unknown or not expressible."""
+    whole: Axis | None = axis
+    if axis.length is not None and sequences > 1:
+        count = sympy.Integer(sequences)
+        each = exact_quotient(axis.length, count)
+        whole = None if each is None else reshape((axis,), [axis.length], [count, each])[1]
+    factor = None if whole is None else collapse(whole)
+    return None if factor is None or any(MIXED in segment.sources for segment in factor) else factor
+
+
 def analyse_token_layout(
     gm: fx.GraphModule, parameters: Collection[str] | None = None, concrete: bool = False
 ) -> TokenLayouts:
@@ -115,10 +124,12 @@ def layouts_of(gm: fx.GraphModule, found: Interpretation) -> TokenLayouts:
         return settled[axis]
 
     axes = {node: tuple(map(settle, tensor_axes)) for node, tensor_axes in found.axes.items()}
+    marks = {node: pick_of(tensor_axes[0]) for node, tensor_axes in found.axes.items() if tensor_axes}
+    picks = {node: (settle(mark.axis), mark.places) for node, mark in marks.items() if mark is not None}
     attentions = tuple(
         AttentionAxes(settle(a.query), settle(a.key), a.mask_sources - {MIXED}) for a in found.attentions
     )
-    return TokenLayouts(axes, latent, found.inputs, attentions, found.unruled_ops)
+    return TokenLayouts(axes, latent, found.inputs, attentions, found.unruled_ops, picks)
 
 
 def _settle(axis: Axis, latent: frozenset[str]) -> Axis:
@@ -135,4 +146,4 @@ def _settle(axis: Axis, latent: frozenset[str]) -> Axis:
 
 
 def _marks(sources: frozenset[str]) -> frozenset[str]:
-    return frozenset(source for source in sources if isinstance(source, Inside))
+    return frozenset(source for source in sources if isinstance(source, (Inside, Picked)))

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["AttentionCall", "KeyMask", "UnreadableAttention"]
+from svg2_compile.passes.layout.axes import Axis
+
+__all__ = ["AttentionCall", "KeyMask", "PickedTokens", "UnreadableAttention"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,16 @@ class KeyMask:
 
     body: fx.GraphModule
     operands: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class PickedTokens:
+    """Which tokens an attention has. places: integers [T], their places in rows one after the other. queries, keys: the
+    axes of all tokens in all rows, those that were left out included."""
+
+    places: fx.Node
+    queries: Axis
+    keys: Axis
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,8 @@ class AttentionCall:
     out_axes: of the output, where it is not ``axes``. sequences: of a "nhd" call, all of one length. ends: an int
     tensor of two, the second of which is where the only sequence ends; what follows is padding. parted: the starts of
     queries and of keys where each of ``sequences`` rows is two sequences, whose lengths are data; the first is attended
-    sparsely. key_mask: which keys are attended. source: the operator with several outputs of which ``node`` is one.
+    sparsely. starts: of the sequences of a "nhd" call, of queries and of keys, where they are data. picked: the tokens
+    of a "nhd" call are some of ``sequences`` rows of one length. key_mask: which keys are attended. source: the operator with several outputs of which ``node`` is one.
     quantised: it computes with fewer bits than its inputs have, by design.
     """
 
@@ -53,6 +66,8 @@ class AttentionCall:
     sequences: int = 1
     ends: fx.Node | None = None
     parted: tuple[fx.Node, fx.Node] | None = None
+    starts: tuple[fx.Node, fx.Node] | None = None
+    picked: PickedTokens | None = None
     key_mask: KeyMask | None = None
     source: fx.Node | None = None
     quantised: bool = False

@@ -4,6 +4,7 @@
         starts = [0, N], or [0, N, 2N] ...     ->  sequences of one length
         starts = two numbers that are data     ->  one sequence, and padding behind it
         starts = 2 * rows + 1 that are data    ->  rows of a sequence, and one of padding behind it (see emit_rest.py)
+        starts of any number that are data     ->  tokens picked from rows, if the layout shows it (see emit_picked.py)
         anything else                          ->  "several_sequences"
 
 Causal and dropout go on to the decision, which names them; windows, soft caps, slopes and the like are not understood.
@@ -30,7 +31,14 @@ from svg2_compile.passes.layout.lengths import same_length, size_expr
 
 Numbers = Mapping[sympy.Symbol, Any]
 
-__all__ = ["read_foreign_attention"]
+__all__ = ["SEVERAL_SEQUENCES", "read_foreign_attention"]
+
+SEVERAL_SEQUENCES = (
+    "several sequences in one row, whose lengths are not known to be equal. Sequences of one length, one alone, one and "
+    "its padding in every row, or what a mask picks from rows of one length can become sparse: leave out text that is "
+    "padding, or exclude it by a mask"
+)
+"""The reason "several_sequences" in words."""
 
 
 def read_foreign_attention(node: fx.Node, numbers: Numbers) -> AttentionCall | UnreadableAttention | None:
@@ -48,12 +56,7 @@ def read_foreign_attention(node: fx.Node, numbers: Numbers) -> AttentionCall | U
         return UnreadableAttention(node, name, "aux_outputs", detail)
     packing = _Packing(1) if call.layout != "nhd" else _packing(call, numbers)
     if packing is None:
-        detail = (
-            f"{call.name}: several sequences in one row, whose lengths are not known to be equal. Sequences of one "
-            "length, one alone, or one and its padding in every row can become sparse: leave out text that is padding, "
-            "or exclude it by a mask"
-        )
-        return UnreadableAttention(node, name, "several_sequences", detail)
+        return UnreadableAttention(node, name, "several_sequences", f"{call.name}: {SEVERAL_SEQUENCES}")
     shape = shape_of(call.query) or ()
     return AttentionCall(
         node=output,
@@ -71,6 +74,7 @@ def read_foreign_attention(node: fx.Node, numbers: Numbers) -> AttentionCall | U
         source=node if node is not output else None,
         ends=packing.ends,
         parted=packing.parted,
+        starts=packing.starts,
         quantised=call.spelling.quantised,
     )
 
@@ -92,10 +96,12 @@ class _Packing:
     sequences: int
     ends: fx.Node | None = None
     parted: tuple[fx.Node, fx.Node] | None = None
+    starts: tuple[fx.Node, fx.Node] | None = None
 
 
 def _packing(call: ForeignAttention, numbers: Numbers) -> _Packing | None:
-    """Sequences of one length, one whose end is data, or two in every row; None where it is anything else."""
+    """Sequences of one length, or starts that are data: of one, of two in every row, or of what may have been picked from
+    rows. None where it is anything else."""
     assert call.starts is not None
     pairs = list(zip(call.starts, (call.query, call.key), strict=True))
     counts = [_count(starts, tensor, numbers) for starts, tensor in pairs]
@@ -103,12 +109,14 @@ def _packing(call: ForeignAttention, numbers: Numbers) -> _Packing | None:
         return _Packing(counts[0] or 1) if counts[0] == counts[1] else None
     sizes = {_length(starts, numbers) for starts in call.starts}
     size = sizes.pop() if len(sizes) == 1 else None
-    if size == 2:
-        return _Packing(1, ends=call.starts[1])
-    if size is None or size < 3 or size % 2 == 0:
+    if size is None or size < 2:
         return None
+    if size == 2:
+        return _Packing(1, ends=call.starts[1], starts=call.starts)
     rows = (size - 1) // 2
-    return _Packing(rows, parted=call.starts) if all(_may_be_rows(*pair, rows, numbers) for pair in pairs) else None
+    if size % 2 == 1 and all(_may_be_rows(*pair, rows, numbers) for pair in pairs):
+        return _Packing(rows, parted=call.starts, starts=call.starts)
+    return _Packing(size - 1, starts=call.starts) if counts == [None, None] else None
 
 
 def _length(starts: fx.Node, numbers: Numbers) -> int | None:

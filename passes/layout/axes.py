@@ -28,6 +28,7 @@ from svg2_compile.passes.layout.lengths import (
     shorter,
     size_expr,
 )
+from svg2_compile.passes.layout.marks import without_picks
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ def blend(factor: Factor) -> frozenset[str]:
 
     Constants count as nothing: a padded video that is resampled is a video.
     """
-    different = {segment.sources for segment in factor if segment.sources}
+    different = {without_picks(segment.sources) for segment in factor} - {NO_SOURCES}
     return NO_SOURCES.union(*different, {MIXED} if len(different) > 1 else ())
 
 
@@ -246,7 +247,12 @@ def _factors(axis: Axis) -> tuple[Factor, ...]:
 
 def flip(axis: Axis) -> Axis:
     """The axis in reverse order."""
-    return UNKNOWN if axis.factors is None else make_axis(tuple(reversed(factor)) for factor in axis.factors)
+    factors = [tuple(_moved(s, s.length) for s in reversed(factor)) for factor in axis.factors or ()]
+    return UNKNOWN if axis.factors is None else make_axis(factors)
+
+
+def _moved(segment: Segment, length: sympy.Expr) -> Segment:
+    return Segment(without_picks(segment.sources), length)
 
 
 def cut(axis: Axis, start: sympy.Expr, length: sympy.Expr) -> Axis:
@@ -257,7 +263,7 @@ def cut(axis: Axis, start: sympy.Expr, length: sympy.Expr) -> Axis:
     if start == 0 and same_length(length, total):
         return axis
     if not has_boundary(axis):
-        return single(axis.sources, length)
+        return single(without_picks(axis.sources), length)
     inner = sympy.Mul(*(factor_length(factor) for factor in axis.factors[1:]))
     outer_start, outer_length = exact_quotient(start, inner), exact_quotient(length, inner)
     if outer_start is None or outer_length is None:
@@ -280,5 +286,5 @@ def _cut_factor(factor: Factor, start: sympy.Expr, length: sympy.Expr) -> Factor
     for segment, (begin, end) in zip(factor, itertools.pairwise(boundaries), strict=True):
         low, high = longer(begin, start), shorter(end, stop)
         if longer(high, low) == high:
-            result.append(Segment(segment.sources, sympy.expand(high - low)))
+            result.append(_moved(segment, sympy.expand(high - low)))
     return tuple(result)

@@ -26,12 +26,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from svg2_compile.passes.graph.collectives import rank_groups, sharding_nodes
 from svg2_compile.passes.graph.foreign_attention import ForeignAttention, read_foreign
+from svg2_compile.passes.graph.nodes import may_write
 from svg2_compile.passes.graph.sizes import traced_sizes
 from svg2_compile.passes.graph.values import copy_number, fake_mode_of, is_parameter, node_value
 from svg2_compile.passes.layout.axes import Axes, single
 from svg2_compile.passes.layout.in_place import last_writes
 from svg2_compile.passes.layout.mode import AttentionAxes, LayoutMode, SharedValueWritten
 from svg2_compile.passes.layout.op_call import constant_axes, fit, sizes_of, unknown_axes
+from svg2_compile.passes.layout.picked import axes_of_moved_rows
 from svg2_compile.passes.layout.rules.collective import resharded, sharded
 from svg2_compile.passes.layout.shared_values import SharedValues
 from svg2_compile.passes.layout.stand_ins import StandIns
@@ -164,7 +166,16 @@ class _Interpreter:
             return self._made.fresh(value, resharded(self._mode.axes_of(args[0]), args[0], value), node)
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._call_subgraph(node, name, args, owner)
-        return self._compute(node, args, kwargs)
+        moved = axes_of_moved_rows(node, lambda source: self._mode.axes_of(self._env[source]))
+        result = self._compute(node, args, kwargs, shared=moved is None)
+        return result if moved is None else self._with_axes(node, result, moved)
+
+    def _with_axes(self, node: fx.Node, result: Any, axes: Axes) -> Any:
+        """The result of a node of which more is known than by the rules of its operators."""
+        if not may_write(node):
+            return self._made.fresh(node_value(node), axes, node)
+        self._mode.set_axes(self._env[node.all_input_nodes[0]], axes)
+        return result
 
     def _autocast(self, target: Any, args: tuple[Any, ...]) -> Any:
         if target is _AUTOCAST_ENTER:
@@ -234,8 +245,8 @@ class _Interpreter:
             value = getattr(value, name)
         return self._made.fresh(value, constant_axes(value), node) if isinstance(value, torch.Tensor) else value
 
-    def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key = self._key(node, args, kwargs)
+    def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shared: bool) -> Any:
+        key = self._key(node, args, kwargs) if shared else None
         if key is not None and key in self._results:
             return self._results[key]
         self._mode.data_dependent = False

@@ -3,6 +3,9 @@
 Dynamo breaks a graph where a tensor becomes Python numbers, though model code reads back with tolist() what was made of
 Python numbers a moment ago (the grid sizes of a rotary embedding). `passes.graph.known_numbers` finds them. A block
 that is compiled alone is handed such a tensor: then `NumbersWanted` asks its caller for the numbers.
+
+How long the longest of the sequences is that a mask leaves (flash-attn's unpad_input) is data, and only handed on to the
+attention. It becomes a number that the graph computes: the graph goes on, and the attention is in it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import fx
 
 from svg2_compile.logs.logger import get_logger
 from svg2_compile.passes.graph.known_numbers import known_numbers
+from svg2_compile.passes.graph.nodes import operator_name
 from svg2_compile.passes.graph.values import node_value
 
 __all__ = ["MOST_NUMBERS_OF_AN_ARGUMENT", "Answerer", "NumbersWanted", "may_ask", "reading_known_numbers"]
@@ -27,6 +31,8 @@ log = get_logger()
 
 MOST_NUMBERS_OF_AN_ARGUMENT = 32
 """Sizes and lengths are few. A mask of tokens is data."""
+
+_COPIES = frozenset({"to", "int", "long", "cpu", "clone", "detach", "contiguous"})
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,28 @@ def reading_known_numbers(method: Callable[..., Any]) -> Callable[..., Any]:
                 if numbers is not None:
                     return _as_variable(tx, numbers)
                 _ask(node, tx.output.root_tx.f_code)
+                if method.__name__ == "method_item" and _is_longest(node):
+                    tx.output.fake_mode.allow_scalar_outputs = True
+                    return None  # which lets Dynamo go on with the read as with any call
             except Exception as error:  # noqa: BLE001  (Dynamo's own way remains)
                 log.debug("a host read was left to Dynamo: %s", error)
         return method(self, tx, *args, **kwargs)
 
     return read
+
+
+def _is_longest(node: fx.Node) -> bool:
+    """Whether a number is the largest of the sums of a mask."""
+    names = []
+    while node.op in ("call_method", "call_function") and node.args and isinstance(node.args[0], fx.Node):
+        name = operator_name(node)
+        if name not in _COPIES:
+            names.append(name)
+        node = node.args[0]
+        value = node_value(node)
+        if names[-1:] == ["sum"]:
+            return names in (["max", "sum"], ["amax", "sum"]) and not value.dtype.is_floating_point
+    return False
 
 
 def _ask(node: fx.Node, code: CodeType) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import svg2_compile
-from tests.realcode import models, packed
+from tests.realcode import models, packed, unpadded
 from tests.realcode.models import Sample
 from tests.support import IDENTITY, assert_close
 
-MODELS = {**models.MODELS, **packed.PACKED}
+MODELS = {**models.MODELS, **packed.PACKED, **unpadded.UNPADDED}
 SIZES = [(3, 8, 12), (2, 12, 8), (4, 6, 10)]
 
 
