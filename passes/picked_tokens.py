@@ -26,10 +26,10 @@ def as_picked(call: AttentionCall, layouts: TokenLayouts) -> AttentionCall:
     if len(picks) < 3 or shape is None or not isinstance(shape[0], int) or call.axes != "nhd":
         return call
     (queries, places), (keys, _), _ = picks
-    rows = shape[0] - 1
-    lengths = [axis.length for axis, _ in picks if axis.length is not None]
-    same = len(lengths) == 3 and all(same_length(length, lengths[0]) for length in lengths)
-    if not same or any(other is not places for _, other in picks) or exact_quotient(lengths[0], size_expr(rows)) is None:
+    rows, length = shape[0] - 1, queries.length
+    if length is None or exact_quotient(length, size_expr(rows)) is None:
+        return call
+    if not all(other is places and same_length(axis.length, length) for axis, other in picks if axis.length):
         return call
     return replace(call, picked=PickedTokens(places, queries, keys), sequences=rows, ends=None, parted=None)
 

@@ -44,8 +44,9 @@ class AttentionCall:
     tensor of two, the second of which is where the only sequence ends; what follows is padding. parted: the starts of
     queries and of keys where each of ``sequences`` rows is two sequences, whose lengths are data; the first is attended
     sparsely. starts: of the sequences of a "nhd" call, of queries and of keys, where they are data. picked: the tokens
-    of a "nhd" call are some of ``sequences`` rows of one length. key_mask: which keys are attended. source: the operator with several outputs of which ``node`` is one.
-    quantised: it computes with fewer bits than its inputs have, by design.
+    of a "nhd" call are some of ``sequences`` rows of one length. key_mask: which keys are attended. source: the
+    operator with several outputs of which ``node`` is one. quantised: it computes with fewer bits than its inputs
+    have, by design.
     """
 
     node: fx.Node

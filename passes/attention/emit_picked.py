@@ -2,9 +2,9 @@
 
     places [T] in [B * N], ascending;  starts = [0, 5, 9]: where the tokens of each of B rows begin
 
-Tokens are put where they were picked, the rest of a row is masked, and the places are picked from the result again. That
-the starts are those of the places is asked on the device, without a read by the host. Where they are not, the operator
-that was there gets the starts that came, and its result is the result: no assumption about data is left.
+Tokens are put where they were picked, the rest of a row is masked, and the places are picked from the result again.
+That the starts are those of the places is asked on the device, without a read by the host. Where they are not, the
+operator that was there gets the starts that came, and its result is the result: no assumption about data is left.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ Numbers = Mapping[sympy.Symbol, Any]
 __all__ = ["SEVERAL_SEQUENCES", "read_foreign_attention"]
 
 SEVERAL_SEQUENCES = (
-    "several sequences in one row, whose lengths are not known to be equal. Sequences of one length, one alone, one and "
-    "its padding in every row, or what a mask picks from rows of one length can become sparse: leave out text that is "
-    "padding, or exclude it by a mask"
+    "several sequences in one row, whose lengths are not known to be equal. Sequences of one length, one alone, one "
+    "and its padding in every row, or what a mask picks from rows of one length can become sparse: leave out text that "
+    "is padding, or exclude it by a mask"
 )
 """The reason "several_sequences" in words."""
 
@@ -100,8 +100,8 @@ class _Packing:
 
 
 def _packing(call: ForeignAttention, numbers: Numbers) -> _Packing | None:
-    """Sequences of one length, or starts that are data: of one, of two in every row, or of what may have been picked from
-    rows. None where it is anything else."""
+    """Sequences of one length, or starts that are data: of one, of two in every row, or of what may have been picked
+    from rows. None where it is anything else."""
     assert call.starts is not None
     pairs = list(zip(call.starts, (call.query, call.key), strict=True))
     counts = [_count(starts, tensor, numbers) for starts, tensor in pairs]

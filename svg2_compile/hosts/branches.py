@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from svg2_compile.passes.graph.known_numbers import linear_difference
 from svg2_compile.passes.graph.nodes import operator_name
 from svg2_compile.passes.graph.values import node_value
 
-__all__ = ["Jump", "jumps"]
+__all__ = ["Jump", "jumps", "tables"]
 
 log = get_logger()
 
@@ -32,7 +32,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True)
 class Jump:
-    """A conditional jump of Dynamo's: where it is kept, as it is, and as it knows outcomes."""
+    """An instruction of Dynamo's, such as a conditional jump: where it is kept, as it is, and as it knows outcomes."""
 
     table: list[Any]
     place: int
@@ -43,13 +43,14 @@ class Jump:
 @functools.cache
 def jumps() -> tuple[Jump, ...]:
     """All conditional jumps. Found once: every call of an enabled model replaces them."""
-    return tuple(Jump(table, place, table[place], _knowing_outcome(table[place])) for table, place in _tables())
+    places = [code for name, code in dis.opmap.items() if "JUMP" in name and "IF" in name]
+    return tuple(Jump(table, place, table[place], _knowing_outcome(table[place])) for table, place in tables(places))
 
 
-def _tables() -> Iterator[tuple[list[Any], int]]:
+def tables(places: Sequence[int]) -> Iterator[tuple[list[Any], int]]:
+    """Every table of instructions that Dynamo has, with each of ``places`` in it."""
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 
-    places = [code for name, code in dis.opmap.items() if "JUMP" in name and "IF" in name]
     classes = [InstructionTranslatorBase]
     for cls in classes:
         classes.extend(cls.__subclasses__())

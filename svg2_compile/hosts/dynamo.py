@@ -1,8 +1,9 @@
 """Dynamo while an enabled model runs: its settings, and what it is taught for as long as a call lasts.
 
-Taught are host reads of known numbers and branches on them (host_reads.py, branches.py), looking through
-torch.compiler.disable (disabled.py), and seeing attention inside of what it gave up on (visible_attention.py). All
-of them replace functions and put them back; where a version of Dynamo has no such function, it is not taught.
+Taught are host reads of known numbers and branches on them (host_reads.py, branches.py), imports that fail
+(missing_imports.py), looking through torch.compiler.disable (disabled.py), and seeing attention inside of what it gave
+up on (visible_attention.py). All of them replace functions and put them back; where a version of Dynamo has no such
+function, it is not taught.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from svg2_compile.hosts.breaks import noting_breaks
 from svg2_compile.hosts.context_parallel import untraced_messages
 from svg2_compile.hosts.disabled import looking_through
 from svg2_compile.hosts.host_reads import reading_known_numbers
+from svg2_compile.hosts.missing_imports import imports
 from svg2_compile.hosts.shared_context import dynamo_context
 from svg2_compile.hosts.visible_attention import as_python_function
 from svg2_compile.logs.logger import get_logger
@@ -152,7 +154,7 @@ def _teach(lesson: Lesson, look_through: bool) -> None:
 
     for name in ("method_tolist", "method_item"):
         _replace(TensorVariable, name, reading_known_numbers(getattr(TensorVariable, name)), lesson.undo)
-    for jump in jumps():
+    for jump in (*jumps(), *imports()):
         jump.table[jump.place] = jump.knowing
     lesson.undo.append(_forget_jumps)
     _note_breaks(lesson.breaks, lesson.undo)
@@ -174,7 +176,7 @@ def _put_back(undo: list[Callable[[], None]]) -> None:
 
 
 def _forget_jumps() -> None:
-    for jump in jumps():
+    for jump in (*jumps(), *imports()):
         jump.table[jump.place] = jump.before
 
 

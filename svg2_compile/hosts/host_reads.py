@@ -4,8 +4,8 @@ Dynamo breaks a graph where a tensor becomes Python numbers, though model code r
 Python numbers a moment ago (the grid sizes of a rotary embedding). `passes.graph.known_numbers` finds them. A block
 that is compiled alone is handed such a tensor: then `NumbersWanted` asks its caller for the numbers.
 
-How long the longest of the sequences is that a mask leaves (flash-attn's unpad_input) is data, and only handed on to the
-attention. It becomes a number that the graph computes: the graph goes on, and the attention is in it.
+How long the longest of the sequences is that a mask leaves (flash-attn's unpad_input) is data, and only handed on to
+the attention. It becomes a number that the graph computes: the graph goes on, and the attention is in it.
 """
 
 from __future__ import annotations
@@ -81,16 +81,19 @@ def reading_known_numbers(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_longest(node: fx.Node) -> bool:
     """Whether a number is the largest of the sums of a mask."""
-    names = []
-    while node.op in ("call_method", "call_function") and node.args and isinstance(node.args[0], fx.Node):
-        name = operator_name(node)
-        if name not in _COPIES:
-            names.append(name)
+    largest = _before_copies(node)
+    if operator_name(largest) not in ("max", "amax") or not isinstance(largest.args[0], fx.Node):
+        return False
+    sums = _before_copies(largest.args[0])
+    mask = sums.args[0] if operator_name(sums) == "sum" else None
+    value = node_value(mask) if isinstance(mask, fx.Node) else None
+    return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
+
+
+def _before_copies(node: fx.Node) -> fx.Node:
+    while operator_name(node) in _COPIES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-        value = node_value(node)
-        if names[-1:] == ["sum"]:
-            return names in (["max", "sum"], ["amax", "sum"]) and not value.dtype.is_floating_point
-    return False
+    return node
 
 
 def _ask(node: fx.Node, code: CodeType) -> None:

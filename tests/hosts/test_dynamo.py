@@ -67,11 +67,25 @@ def branches(x: Tensor) -> Tensor:
     return x - 1
 
 
+def asks_for_packages(x: Tensor) -> Tensor:
+    try:
+        from no_such_attention import attend
+    except ImportError as error:
+        attend = len(str(error))
+    try:
+        from math import no_such_function
+    except Exception:
+        no_such_function = 2
+    import math
+
+    return x * attend + no_such_function + math.pi
+
+
 def data(x: Tensor) -> Tensor:
     return x + x.argmax().item()
 
 
-@pytest.mark.parametrize(("function", "graphs"), [(reads, 1), (branches, 1), (data, 2)])
+@pytest.mark.parametrize(("function", "graphs"), [(reads, 1), (branches, 1), (asks_for_packages, 1), (data, 2)])
 def test_known_numbers_do_not_break_a_graph(function: Any, graphs: int) -> None:
     torch._dynamo.reset()
     for count in (3, 5, 7):
