@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -30,6 +32,10 @@ class DeviceProfile:
     head_overhead: float
     call_overhead: float
     source: str
+
+    def having(self, figures: Mapping[str, Any]) -> DeviceProfile:
+        """The same with other figures, by their names."""
+        return replace(self, **figures)
 
 
 CPU = DeviceProfile(
@@ -97,7 +103,7 @@ def profile_for(device: torch.device) -> DeviceProfile:
     measured = measured_profile(device)
     if measured is None:
         return profile
-    return replace(profile, **measured, source="measured on this machine by `svg2 tune`")
+    return profile.having({**measured, "source": "measured on this machine by `svg2 tune`"})
 
 
 def profile_named(name: str) -> tuple[torch.device, DeviceProfile]:

@@ -37,6 +37,8 @@ _SAID = frozenset(
         "foreign_backend",
         "unreadable",
         "several_sequences",
+        "picked_tokens",
+        "nested_tensor",
     }
 )
 """Reasons for which an attention over a video may stay dense though it need not: they are said once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from svg2_compile.passes.balance_heads import balance_heads
 from svg2_compile.passes.canonical import canonical_sites, erase_unused
 from svg2_compile.passes.decide_sites import Parts, decide_call, decide_sites, numbered
 from svg2_compile.passes.device_profile import DeviceProfile, profile_for
+from svg2_compile.passes.graph.values import has_nested
 from svg2_compile.passes.hoist_centroids import StateSpec, hoist_centroids
 from svg2_compile.passes.inline_subgraphs import inline_subgraphs
 from svg2_compile.passes.sites import Site, Skip
@@ -118,6 +120,9 @@ class Pass:
 
 def _token_layout(c: Compilation) -> None:
     inline_subgraphs(c.gm)
+    if has_nested(c.gm):  # its sizes are no numbers, so that nothing is followed
+        c.layouts = TokenLayouts({}, frozenset(), frozenset(), (), Counter({"nested tensors": 1}))
+        return
     c.layouts = analyse_token_layout(c.gm, c.parameters)
 
 
@@ -136,6 +141,8 @@ def _find_time_inputs(c: Compilation) -> None:
 def _decide_sites(c: Compilation) -> None:
     assert c.layouts is not None
     c.decisions = _decisions_with(c, c.layouts)
+    if has_nested(c.gm):
+        return
     negative = negative_sizes(c.gm)
     if can_specialise(c.gm) and (negative or _is_undecided(c.decisions)):
         _decide_by_numbers(c, negative)

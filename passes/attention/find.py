@@ -32,7 +32,7 @@ from svg2_compile.passes.attention.flex import read_flex_attention
 from svg2_compile.passes.attention.foreign import read_foreign_attention
 from svg2_compile.passes.graph.collectives import rank_groups
 from svg2_compile.passes.graph.nodes import bind_arguments, module_path, operator_name
-from svg2_compile.passes.graph.values import node_value
+from svg2_compile.passes.graph.values import is_nested, node_value
 
 __all__ = ["find_attention"]
 
@@ -41,6 +41,10 @@ _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal
 _NATIVE = (
     "call torch.nn.functional.scaled_dot_product_attention in its place (most model code does where the library is "
     'missing; diffusers: model.set_attention_backend("native"))'
+)
+_NESTED = (
+    "over nested tensors, whose sequences have lengths that only the run knows: hand attention a padded tensor with a "
+    "mask over keys, or the video alone"
 )
 _FOREIGN = ("flash_attn", "sageattn", "sage_attn", "xformers", "memory_efficient_attention", "natten")
 
@@ -78,6 +82,8 @@ def _read_fused(node: fx.Node) -> AttentionCall | UnreadableAttention | None:
     if node.op != "call_function":
         return None
     name = operator_name(node)
+    if name == "scaled_dot_product_attention" and any(map(is_nested, node.all_input_nodes)):
+        return UnreadableAttention(node, module_path(node), "nested_tensor", _NESTED)
     if name == "scaled_dot_product_attention":
         return _call(node, node, bind_arguments(node, _SDPA_ARGUMENTS), "sdpa")
     if name.startswith("_scaled_dot_product_") and _is_aten(node):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import sympy
 import torch
@@ -37,11 +37,16 @@ def input_sizes(graph: fx.Graph) -> dict[sympy.Symbol, InputSize]:
         if isinstance(value, torch.Tensor):
             extents = list(enumerate(value.shape))
         for dim, extent in extents:
-            solved = solve_for_symbol(extent.node.expr) if isinstance(extent, torch.SymInt) else None
+            solved = solve_for_symbol(extent.node.expr) if is_symbolic(extent) else None
             if solved is not None:
                 symbol, factor, offset = solved
                 found.setdefault(symbol, InputSize(position, dim, factor, offset))
     return found
+
+
+def is_symbolic(size: Any) -> TypeGuard[torch.SymInt]:
+    """Whether a size has an expression. The ragged one of a nested tensor has none."""
+    return isinstance(size, torch.SymInt) and not size.node.is_nested_int()
 
 
 def traced_sizes(shape_env: ShapeEnv | None) -> dict[sympy.Symbol, Any]:
@@ -119,7 +124,7 @@ class SizeEmitter:
             self._symbols.setdefault(value.node.expr, (node, None))
         elif isinstance(value, torch.Tensor):
             for dim, extent in enumerate(value.shape):
-                if not isinstance(extent, torch.SymInt):
+                if not is_symbolic(extent):
                     continue
                 if isinstance(extent.node.expr, sympy.Symbol):
                     self._symbols.setdefault(extent.node.expr, (node, dim))

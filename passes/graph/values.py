@@ -52,6 +52,17 @@ def graph_device(gm: fx.GraphModule) -> torch.device:
     return (accelerators or devices or [torch.device("cpu")])[0]
 
 
+def has_nested(gm: fx.GraphModule) -> bool:
+    """Whether some value of the graph is a nested tensor (sequences of several lengths as one tensor)."""
+    return any(is_nested(node) for node in gm.graph.nodes)
+
+
+def is_nested(node: fx.Node) -> bool:
+    """Whether a node yields a nested tensor."""
+    value = node_value(node)
+    return isinstance(value, torch.Tensor) and value.is_nested
+
+
 def find_fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     """The fake mode that the metadata of the graph belong to; None if they hold no fake tensor."""
     modes = (fake_mode_of_values(node_value(node)) for node in graph.nodes)

@@ -68,10 +68,10 @@ def measure_profile(device: torch.device, size: CalibrationSize | None = None) -
     # Each figure is set so that the cost model gives what was measured.
     one = DeviceProfile("measured", 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, "calibration")
     only = {"sparse_flops": attend, "kmeans_flops": kmeans, "bandwidth": permute}
-    endless = replace(one, **dict.fromkeys(only, float("inf")))
-    figures = {name: float(sparse_seconds(cost, replace(endless, **{name: 1.0}))) / s for name, s in only.items()}
+    endless = one.having(dict.fromkeys(only, float("inf")))
+    figures = {name: float(sparse_seconds(cost, endless.having({name: 1.0}))) / s for name, s in only.items()}
     figures["dense_flops"] = 4.0 * size.num_heads * size.num_tokens**2 * size.head_dim / dense
-    return {**figures, "cluster_overhead": 0.0, **_overheads(size, device, replace(one, **figures))}
+    return {**figures, "cluster_overhead": 0.0, **_overheads(size, device, one.having(figures))}
 
 
 def _overheads(size: CalibrationSize, device: torch.device, rates: DeviceProfile) -> dict[str, float]:

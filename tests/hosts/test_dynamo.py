@@ -69,12 +69,12 @@ def branches(x: Tensor) -> Tensor:
 
 def asks_for_packages(x: Tensor) -> Tensor:
     try:
-        from no_such_attention import attend
+        from no_such_attention import attend  # type: ignore[import-not-found]
     except ImportError as error:
         attend = len(str(error))
     try:
-        from math import no_such_function
-    except Exception:  # noqa: BLE001 - as model code does
+        from math import no_such_function  # type: ignore[attr-defined]
+    except ImportError:
         no_such_function = 2
     import math
 

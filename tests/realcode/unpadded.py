@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from tests.realcode.models import (
 )
 
 
-def varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> Tensor:
+def varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: Any) -> Tensor:
     rest = (starts, starts, longest, longest, 0.0, (DIM // HEADS) ** -0.5, False)
     return torch.ops.flash_attn._flash_attn_varlen_forward(query, key, value, *rest)[0]
 
@@ -57,7 +59,7 @@ def unpadded_attention(qkv: Tensor, mask: Tensor) -> Tensor:
     lengths = mask.sum(-1, dtype=torch.int32)
     places = torch.nonzero(mask.flatten(), as_tuple=False).flatten()
     starts = F.pad(torch.cumsum(lengths, 0, dtype=torch.int32), (1, 0))
-    longest = lengths.max().item()
+    longest = int(lengths.max())
     flat = qkv.flatten(2).flatten(0, 1)
     packed = torch.gather(flat, 0, places[:, None].expand(-1, flat.shape[1]))
     query, key, value = packed.unflatten(-1, (3, HEADS, -1)).unbind(1)
@@ -104,8 +106,9 @@ class PlacesBlock(nn.Module):
         shift, scale, gate = self.modulation(time)
         query, key, value = self.qkv(x * (1 + scale) + shift).unflatten(-1, (3, HEADS, -1)).unbind(2)
         query, key = (torch.cat([rotate(t[:, :-text_tokens], rotary), t[:, -text_tokens:]], 1) for t in (query, key))
-        packed = (t.reshape(-1, HEADS, DIM // HEADS).index_select(0, places) for t in (query, key, value))
-        out = varlen(*packed, starts, longest).flatten(1)
+        tokens = (t.reshape(-1, HEADS, DIM // HEADS) for t in (query, key, value))
+        query, key, value = (t.index_select(0, places) for t in tokens)
+        out = varlen(query, key, value, starts, longest).flatten(1)
         rows = x.new_zeros(x.shape[0] * x.shape[1], DIM)
         out = torch.scatter(rows, 0, places.unsqueeze(1).expand(-1, DIM), out)
         return x + self.out(out.view(x.shape)) * gate
