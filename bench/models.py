@@ -125,12 +125,16 @@ _NOT_YET = (
     "the valid tokens by clusters, the padding by the operator itself. Where the starts of the sequences are others "
     "when the model runs, its result is the operator's, and the report shows a density of 100 %.",
     "",
+    "So are tokens that a mask picks before attention and that are put back behind it (flash-attn's `unpad_input`: "
+    "HunyuanVideo 1.5's own flash mode, Mochi's flash mode with a batch of several): as one attention over all rows, in "
+    "which what was left out is masked. Where queries, keys and values are picked by different places, they stay dense "
+    "with `picked_tokens`.",
+    "",
     "What stays dense in such code, and why:",
     "",
-    "- Tokens that a mask picks before attention and that are put back behind it (flash-attn's `unpad_input`: "
-    "HunyuanVideo 1.5's own flash mode, Mochi's flash mode with a batch of several): how many there are, and which, is "
-    "data. They stay dense: with `unknown_layout`, or with the warning that no attention ran in a compiled graph.",
-    "- HunyuanVideo 1.5's own torch mode gave no result within the limit of 500 s; why was not looked into.",
+    "- HunyuanVideo 1.5's own torch mode: an `assert` on the numbers in a mask breaks the graph in front of every "
+    "attention over the video; the warning names the line. By blocks, those that are sparse are the two of the text's "
+    "refiner, which only `min_tokens=0` lets in.",
     "- Attention behind a graph break whose queries, keys and values are not of one length: the warning names the line "
     "and the way out.",
     "- A block that is compiled alone and is handed video and text as one tensor, all of it with positions: nothing in "

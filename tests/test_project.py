@@ -41,7 +41,7 @@ ROOMS = {
     "codegen": "logs passes.graph",
     "reporting": "settings passes kernels.triton",
     "runtime": "codegen logs passes passes.graph reporting settings",
-    "pipeline": "logs passes passes.attention reporting settings",
+    "pipeline": "logs passes passes.attention passes.graph reporting settings",
     "backend": "codegen logs passes.graph pipeline reporting runtime settings",
     "hosts": "backend logs passes.graph reporting runtime",
     "eager": "backend passes reporting runtime settings",

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import fx
-
-if TYPE_CHECKING:
-    from svg2_compile.passes.layout.axes import Axis
 
 __all__ = ["Picked", "picks_of", "without_picks"]
 
@@ -15,15 +12,16 @@ __all__ = ["Picked", "picks_of", "without_picks"]
 class Picked(str):
     """The source that marks positions picked from `axis`, one for each of `places` and in their order.
 
-    It stays with positions for as long as none is left out, turned around or mixed with others.
+    It stays with positions for as long as none is left out, turned around or mixed with others. axis: an Axis, whose
+    file needs this one.
     """
 
     __slots__ = ("axis", "places")
-    axis: Axis
+    axis: Any
     places: fx.Node
 
     @classmethod
-    def of(cls, axis: Axis, places: fx.Node) -> Picked:
+    def of(cls, axis: Any, places: fx.Node) -> Picked:
         """The mark of what `places` picks from `axis`."""
         mark = cls(f"<picked by {places.name} {hash(axis):x}>")
         mark.axis, mark.places = axis, places
