@@ -126,8 +126,8 @@ _NOT_YET = (
     "when the model runs, its result is the operator's, and the report shows a density of 100 %.",
     "",
     "So are tokens that a mask picks before attention and that are put back behind it (flash-attn's `unpad_input`: "
-    "HunyuanVideo 1.5's own flash mode, Mochi's flash mode with a batch of several): as one attention over all rows, in "
-    "which what was left out is masked. Where queries, keys and values are picked by different places, they stay dense "
+    "HunyuanVideo 1.5's own flash mode, Mochi's flash mode with a batch of several): as one attention over all rows, "
+    "in which what was left out is masked. Where queries, keys and values are picked by different places, they stay dense "
     "with `picked_tokens`.",
     "",
     "What stays dense in such code, and why:",

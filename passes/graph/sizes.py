@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, TypeGuard, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import sympy
 import torch
