@@ -39,7 +39,10 @@ def _raising(method: Callable[..., Any]) -> Callable[..., Any]:
 
         level, names = (variable.as_python_constant() for variable in self.stack[-2:])
         try:
-            __import__(instruction.argval, fromlist=names, level=level, globals=self.f_globals)
+            module = __import__(instruction.argval, fromlist=names, level=level, globals=self.f_globals)
+            missing = next((name for name in names or () if name != "*" and not hasattr(module, name)), None)
+            if missing is not None:
+                raise ImportError(f"cannot import name {missing!r} from {instruction.argval!r}")
         except ImportError as error:
             raise_observed_exception(type(error), self, args=[ConstantVariable.create(str(error))])
         return method(self, instruction)
