@@ -127,8 +127,8 @@ _NOT_YET = (
     "",
     "So are tokens that a mask picks before attention and that are put back behind it (flash-attn's `unpad_input`: "
     "HunyuanVideo 1.5's own flash mode, Mochi's flash mode with a batch of several): as one attention over all rows, "
-    "in which what was left out is masked. Where queries, keys and values are picked by different places, they stay dense "
-    "with `picked_tokens`.",
+    "in which what was left out is masked. Where queries, keys and values are picked by different places, they stay "
+    "dense with `picked_tokens`.",
     "",
     "What stays dense in such code, and why:",
     "",
