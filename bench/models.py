@@ -133,8 +133,8 @@ _NOT_YET = (
     "What stays dense in such code, and why:",
     "",
     "- HunyuanVideo 1.5's own torch mode: an `assert` on the numbers in a mask breaks the graph in front of every "
-    "attention over the video; the warning names the line. By blocks, those that are sparse are the two of the text's "
-    "refiner, which only `min_tokens=0` lets in.",
+    "attention over the video; the warning names the line. By blocks two attentions are sparse; which ones was not "
+    "looked at, most likely those of the text's refiner, which only `min_tokens=0` lets in.",
     "- Attention behind a graph break whose queries, keys and values are not of one length: the warning names the line "
     "and the way out.",
     "- A block that is compiled alone and is handed video and text as one tensor, all of it with positions: nothing in "
