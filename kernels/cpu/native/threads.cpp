@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <algorithm>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -29,7 +31,10 @@ class Pool {
   public:
     void post(const std::shared_ptr<Job>& job) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        for (; threads_ + 1 < job->threads; ++threads_) std::thread([this] { work(); }).detach();
+        try {
+            for (; threads_ + 1 < job->threads; ++threads_) std::thread([this] { work(); }).detach();
+        } catch (const std::system_error&) {  // no more are to be had: those that there are do it all
+        }
         jobs_.push_back(job);
         posted_.fetch_add(1);
         for (int64_t i = 1; i < job->threads; ++i) wake_.notify_one();
@@ -37,9 +42,7 @@ class Pool {
 
     void withdraw(const std::shared_ptr<Job>& job) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        for (size_t i = 0; i < jobs_.size(); ++i) {
-            if (jobs_[i] == job) jobs_.erase(jobs_.begin() + i--);
-        }
+        jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
     }
 
   private:
