@@ -21,7 +21,7 @@ from svg2_compile.passes.graph.known_numbers import linear_difference
 from svg2_compile.passes.graph.nodes import operator_name
 from svg2_compile.passes.graph.values import node_value
 
-__all__ = ["Jump", "jumps", "tables"]
+__all__ = ["Instruction", "jumps", "tables"]
 
 log = get_logger()
 
@@ -31,7 +31,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @dataclass(frozen=True)
-class Jump:
+class Instruction:
     """An instruction of Dynamo's, such as a conditional jump: where it is kept, as it is, and as it knows outcomes."""
 
     table: list[Any]
@@ -41,10 +41,10 @@ class Jump:
 
 
 @functools.cache
-def jumps() -> tuple[Jump, ...]:
+def jumps() -> tuple[Instruction, ...]:
     """All conditional jumps. Found once: every call of an enabled model replaces them."""
     places = [code for name, code in dis.opmap.items() if "JUMP" in name and "IF" in name]
-    return tuple(Jump(table, place, table[place], _knowing_outcome(table[place])) for table, place in tables(places))
+    return tuple(Instruction(table, at, table[at], _knowing_outcome(table[at])) for table, at in tables(places))
 
 
 def tables(places: Sequence[int]) -> Iterator[tuple[list[Any], int]]:

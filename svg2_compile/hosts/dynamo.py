@@ -154,9 +154,9 @@ def _teach(lesson: Lesson, look_through: bool) -> None:
 
     for name in ("method_tolist", "method_item"):
         _replace(TensorVariable, name, reading_known_numbers(getattr(TensorVariable, name)), lesson.undo)
-    for jump in (*jumps(), *imports()):
-        jump.table[jump.place] = jump.knowing
-    lesson.undo.append(_forget_jumps)
+    for taught in (*jumps(), *imports()):
+        taught.table[taught.place] = taught.knowing
+    lesson.undo.append(_forget_instructions)
     _note_breaks(lesson.breaks, lesson.undo)
     if look_through:
         call = looking_through(SkipFunctionVariable.call_function, lesson.looked_through)
@@ -175,9 +175,9 @@ def _put_back(undo: list[Callable[[], None]]) -> None:
         undo.pop()()
 
 
-def _forget_jumps() -> None:
-    for jump in (*jumps(), *imports()):
-        jump.table[jump.place] = jump.before
+def _forget_instructions() -> None:
+    for taught in (*jumps(), *imports()):
+        taught.table[taught.place] = taught.before
 
 
 def _replace(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:

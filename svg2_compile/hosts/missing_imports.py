@@ -17,16 +17,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from svg2_compile.hosts.branches import Jump, tables
+from svg2_compile.hosts.branches import Instruction, tables
 
 __all__ = ["imports"]
 
 
 @functools.cache
-def imports() -> tuple[Jump, ...]:
+def imports() -> tuple[Instruction, ...]:
     """The instruction that imports, in all tables of Dynamo."""
     places = [dis.opmap["IMPORT_NAME"]]
-    return tuple(Jump(table, place, table[place], _raising(table[place])) for table, place in tables(places))
+    return tuple(Instruction(table, at, table[at], _raising(table[at])) for table, at in tables(places))
 
 
 def _raising(method: Callable[..., Any]) -> Callable[..., Any]:

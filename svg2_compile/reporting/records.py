@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 __all__ = ["GraphReport", "SiteRecord", "SiteReport"]
 
@@ -34,6 +35,12 @@ class SiteReport:
     graph: int = 0
     workspace_mb: float | None = None
     expected_density: float | None = None
+
+    def left_dense(self, detail: str) -> SiteReport:
+        """The same attention, where dense_layers leaves it dense; ``detail``: that in words."""
+        changes: dict[str, Any] = {"decision": "dense", "reason": "dense_layer", "detail": detail, "index": -1}
+        changes |= dict.fromkeys(("num_q_clusters", "num_k_clusters", "workspace_mb"))  # of sparse attentions
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

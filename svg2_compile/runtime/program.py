@@ -104,10 +104,11 @@ class DenoisingProgram:
             return list(self.sites)
         dense = self.session.dense_layer_names() if self.regional else []
         detail = dense_layer_detail(len(dense), self.session.config.dense_layers)
+        left = [site.left_dense(detail) if site.decision == "sparse" else site for site in self.sites]
         return [
-            replace(_left_dense(site, detail) if label in dense else site, name=qualified(label, site.name))
+            replace(site, name=qualified(label, site.name))
             for label in labels
-            for site in self.sites
+            for site in (left if label in dense else self.sites)
         ]
 
     def __call__(self, *args: Any) -> Any:
@@ -289,10 +290,3 @@ class DenoisingProgram:
                 label=plan.layer.label,
             )
         )
-
-
-def _left_dense(site: SiteReport, detail: str) -> SiteReport:
-    """A site as it is in one of the layers that dense_layers leaves dense, where the graph serves the others too."""
-    if site.decision != "sparse":
-        return site
-    return replace(site, decision="dense", reason="dense_layer", detail=detail, expected_density=None)

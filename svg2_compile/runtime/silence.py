@@ -88,7 +88,7 @@ class SilenceWatch:
         self._calls += 1
         if id(call.module) in self._left:
             return
-        self.text_in_video(call)
+        self._watch_text(call)
         # A cache may answer a call in the stead of the model.
         if not call.graphs_with_attention and not getattr(call.module, "is_cache_enabled", False):
             if not call.graphs:
@@ -99,7 +99,7 @@ class SilenceWatch:
         if standing is not None and standing.is_last and standing.step > 0 and request.sparse_calls == 0:
             self._say_dense_video(request.dense_reasons, programs)
 
-    def text_in_video(self, call: ModelCall) -> None:
+    def _watch_text(self, call: ModelCall) -> None:
         """Blocks compiled alone may be handed text in one row with the video, and nothing in them shows it."""
         seen: set[int] = call.memo.setdefault("video_tokens", set())
         new = call.video_tokens - seen

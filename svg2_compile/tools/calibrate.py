@@ -6,7 +6,6 @@ at their rate; what a call and a head cost besides, from two small sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from svg2_compile.kernels import ops
 from svg2_compile.kernels.autotune.timing import median_ms
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
-from svg2_compile.passes.cost_model import CostInputs, sparse_seconds
+from svg2_compile.passes.cost_model import CostInputs, dense_seconds, sparse_seconds
 from svg2_compile.passes.device_profile import DeviceProfile
 
 __all__ = ["CalibrationSize", "measure_profile"]
@@ -70,7 +69,7 @@ def measure_profile(device: torch.device, size: CalibrationSize | None = None) -
     only = {"sparse_flops": attend, "kmeans_flops": kmeans, "bandwidth": permute}
     endless = one.having(dict.fromkeys(only, float("inf")))
     figures = {name: float(sparse_seconds(cost, endless.having({name: 1.0}))) / s for name, s in only.items()}
-    figures["dense_flops"] = 4.0 * size.num_heads * size.num_tokens**2 * size.head_dim / dense
+    figures["dense_flops"] = float(dense_seconds(cost, one)) / dense
     return {**figures, "cluster_overhead": 0.0, **_overheads(size, device, one.having(figures))}
 
 
@@ -108,11 +107,9 @@ class _Stages:
         return tokens[:, :, torch.linspace(0, tokens.shape[2] - 1, count).long()].to(torch.float32)
 
     def everything(self) -> None:
-        for stage in self._stages():
-            stage()
-
-    def _stages(self) -> tuple[Callable[[], None], ...]:
-        return self.kmeans, self.permute, self.attend
+        self.kmeans()
+        self.permute()
+        self.attend()
 
     def dense(self) -> None:
         torch.nn.functional.scaled_dot_product_attention(self.query, self.key, self.value)

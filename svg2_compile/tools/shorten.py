@@ -98,10 +98,8 @@ def leave_first_layers_dense(sites: Sequence[SiteReport], dense_layers: int | fl
     sparse = [site for site in sites if site.decision == "sparse"]
     count = dense_layer_count(dense_layers, len(sparse))
     first = {id(site) for site in sparse[:count]}
-    changes: dict[str, Any] = {"decision": "dense", "reason": "dense_layer", "index": -1}
-    changes["detail"] = dense_layer_detail(count, dense_layers)
-    changes |= dict.fromkeys(("num_q_clusters", "num_k_clusters", "workspace_mb"))  # of sparse attentions
-    return _numbered([replace(site, **changes) if id(site) in first else site for site in sites])
+    detail = dense_layer_detail(count, dense_layers)
+    return _numbered([site.left_dense(detail) if id(site) in first else site for site in sites])
 
 
 def _numbered(sites: Sequence[SiteReport]) -> list[SiteReport]:

@@ -37,7 +37,7 @@ MORE_FLAGS = "SVG2_NATIVE_FLAGS"
 SECONDS = 300  # that a compiler may take, and that another process may wait for it
 
 _SOURCES = Path(__file__).resolve().parent
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread", "-fvisibility=hidden")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread", "-fvisibility=hidden")
 _log = logging.getLogger("svg2_compile.kernels")
 
 
@@ -94,7 +94,7 @@ def flags() -> list[str]:
     """For this machine: its own instructions, where the compiler does not take them by itself."""
     more = shlex.split(os.environ.get(MORE_FLAGS, ""))
     own = () if sys.platform == "darwin" else ("-march=native",)
-    return [*_FLAGS, *own, *more]
+    return [*FLAGS, *own, *more]
 
 
 def sources(folder: Path) -> dict[Path, bytes]:

@@ -35,9 +35,11 @@ struct ClustersCall {
 // The keys of one head, a block of one cluster at a time, as differences to the means of their clusters.
 class Cluster {
   public:
-    Cluster(const ClustersCall& call, int64_t kv_row, float* floats)
+    // key_differences: else the keys themselves.
+    Cluster(const ClustersCall& call, int64_t kv_row, bool key_differences, float* floats)
         : call_(call),
           kv_row_(kv_row),
+          key_differences_(key_differences),
           columns_(up_to_rows(call.value_dim)),
           keys_(floats),
           values_(floats + KEYS_PER_BLOCK * call.dim),
@@ -59,12 +61,12 @@ class Cluster {
         return call_.v_centroids + (kv_row_ * call_.k_clusters + cluster) * call_.value_dim;
     }
 
-    // Keys from position `at` of a cluster on, as many as there are or a block holds. key_differences: else the keys themselves.
-    // They are there until others are read; the same ones are not read again.
-    const KeyBlock& read(int64_t cluster, int64_t at, bool key_differences) {
-        const int64_t b = kv_row_ / call_.kv_heads, g = kv_row_ % call_.kv_heads;
+    // Keys from position `at` of a cluster on, as many as there are or a block holds. They are there until others are read; the
+    // same ones are not read again.
+    const KeyBlock& read(int64_t cluster, int64_t at) {
         KeyBlock& block = block_;
         if (cluster == cluster_ && at == at_) return block;
+        const int64_t b = kv_row_ / call_.kv_heads, g = kv_row_ % call_.kv_heads;
         cluster_ = cluster;
         at_ = at;
         block.count = std::min<int64_t>(KEYS_PER_BLOCK, size(cluster) - at);
@@ -77,7 +79,7 @@ class Cluster {
             const int64_t token = first(cluster) + at + i;
             read_row(call_.key.row(b, g, token), call_.key.type, call_.dim, key);
             read_row(call_.value.row(b, g, token), call_.value.type, call_.value_dim, value);
-            if (key_differences) subtract(key_mean(cluster), call_.dim, key);
+            if (key_differences_) subtract(key_mean(cluster), call_.dim, key);
             subtract(value_mean(cluster), call_.value_dim, value);
             std::fill(value + call_.value_dim, value + columns_, 0.0f);
         }
@@ -90,11 +92,15 @@ class Cluster {
     }
 
     const ClustersCall& call_;
-    const int64_t kv_row_, columns_;
+    const int64_t kv_row_;
+    const bool key_differences_;
+    const int64_t columns_;
     float *keys_, *values_, *zeros_;
     KeyBlock block_;
     int64_t cluster_ = -1, at_ = -1;  // where block_ is from
 };
+
+constexpr int64_t STRIPS_AT_ONCE = 6;  // that share what a Cluster reads
 
 // A strip of query centroids of one key head, and where it stands in the tensors.
 struct QueryStrip {

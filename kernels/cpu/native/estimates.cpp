@@ -6,7 +6,6 @@ namespace svg2 {
 namespace {
 
 constexpr int64_t CLUSTERS_PER_ITEM = 64;  // a multiple of ROWS
-constexpr int STRIPS_AT_ONCE = 6;
 
 // ln m_ij and ln e_ij of one cluster for a strip. With d_t = s q.(k_t - c_j) and the largest of them (or 0) as shift, all weights are
 // e^(s q.c_j + shift) times w_t = e^(d_t - shift) - e^(-shift): nothing overflows, and nothing large cancels. The sum over t of
@@ -28,7 +27,7 @@ void estimate(
     Vec shift[V] = {}, total[V] = {}, at_mean[V] = {};
     std::memset(sums, 0, columns * V * LANES * sizeof(float));
     for (int64_t at = 0; at < size; at += KEYS_PER_BLOCK) {
-        const KeyBlock& block = keys.read(cluster, at, true);
+        const KeyBlock& block = keys.read(cluster, at);
         Vec largest[V], factor[V];
         SVG2_UNROLL for (int v = 0; v < V; ++v) largest[v] = broadcast(-__builtin_inff());
         for (int64_t i = 0; i < block.count; i += ROWS) {
@@ -103,7 +102,7 @@ struct EstimateRunner {
         float* weights = floats + Cluster::floats_needed(call);
         float *sums = weights + STRIP * KEYS_PER_BLOCK, *by_row = sums + STRIP * columns_of(call);
         const int64_t last = std::min(first_cluster + CLUSTERS_PER_ITEM, call.k_clusters);
-        Cluster keys(call, kv_row, floats);
+        Cluster keys(call, kv_row, true, floats);
         for (int64_t first = 0; first < call.queries();) {
             Queries at_once[STRIPS_AT_ONCE];
             int count = 0;

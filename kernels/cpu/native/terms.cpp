@@ -5,8 +5,6 @@
 namespace svg2 {
 namespace {
 
-constexpr int64_t STRIPS_AT_ONCE = 6;
-
 // D_i of the queries of a few strips, which share what the keys of a cluster are less their mean. An item is such a group.
 struct ResidualRunner {
     const ClustersCall& call;
@@ -33,7 +31,7 @@ struct ResidualRunner {
     void run(int64_t kv_row, int64_t first, int64_t strips, int most_vectors) const {
         float* weights = floats + Cluster::floats_needed(call);
         float *by_row = weights + STRIP * KEYS_PER_BLOCK, *own = by_row + STRIP * call.dim;
-        Cluster keys(call, kv_row, floats);
+        Cluster keys(call, kv_row, false, floats);
         Queries at_once[STRIPS_AT_ONCE];
         int64_t count = 0;
         for (; count < strips && first < call.queries(); ++count, own += floats_of_strip(call)) {
@@ -43,7 +41,7 @@ struct ResidualRunner {
         for (int64_t j = 0; j < call.k_clusters; ++j) {
             for (int64_t at = 0; at < keys.size(j); at += KEYS_PER_BLOCK) {
                 for (int64_t i = 0; i < count; ++i) {
-                    if (at_once[i].skips(j)) add_block(at_once[i], keys.read(j, at, false), j, weights);
+                    if (at_once[i].skips(j)) add_block(at_once[i], keys.read(j, at), j, weights);
                 }
             }
         }
@@ -142,12 +140,12 @@ struct SlopeRunner {
     void run(int64_t kv_row, int64_t part) const {
         const int64_t columns = up_to_rows(call.value_dim);
         float *lanes = floats + Cluster::floats_needed(call), *sums = lanes + STRIP * KEYS_PER_BLOCK;
-        Cluster keys(call, kv_row, floats);
+        Cluster keys(call, kv_row, true, floats);
         std::memset(sums, 0, columns * lanes_of(call.dim) * sizeof(float));
         const int64_t last = (part + 1) * call.k_clusters / call.slope_parts;
         for (int64_t j = part * call.k_clusters / call.slope_parts; j < last; ++j) {
             for (int64_t at = 0; at < keys.size(j); at += KEYS_PER_BLOCK) {
-                const KeyBlock& block = keys.read(j, at, true);
+                const KeyBlock& block = keys.read(j, at);
                 for_groups([&](int64_t d, int vectors) { add_block(block, d, vectors, lanes, sums + d * columns); });
             }
         }

@@ -10,6 +10,7 @@ made there with the same bytes; results may differ by rounding only, labels and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import shlex
 import struct
@@ -25,7 +26,6 @@ from svg2_compile.kernels.cpu.native import attention, build, calls, clusters, k
 from tests.kernels.cpu import exercise_threads
 
 HERE = Path(__file__).resolve().parent
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread", "-fvisibility=hidden")
 CALLERS = (attention, clusters, kmeans, select, tokens)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -37,7 +37,7 @@ class Emulator:
         self._emulator, self._folder = shlex.split(emulator), folder
         self._library, self._program = folder / "library.so", folder / "call"
         sources = [str(path) for path in build.sources(Path(build.__file__).parent) if path.suffix == ".cpp"]
-        run = [*shlex.split(compiler), *FLAGS]
+        run = [*shlex.split(compiler), *build.FLAGS]
         subprocess.run([*run, "-shared", *sources, "-o", str(self._library)], check=True)
         subprocess.run([*run, str(HERE / "emulated_call.cpp"), "-ldl", "-o", str(self._program)], check=True)
         self.calls = 0
@@ -98,23 +98,13 @@ def emulated(emulator: Emulator, inputs: list[torch.Tensor]) -> dict[str, torch.
 
         return note
 
-    with mock.patch.multiple(calls, call_native=emulator.call_native):
-        patches = [
-            mock.patch.object(
-                module, name, noted(getattr(calls, name)) if name != "call_native" else emulator.call_native
-            )
-            for module in CALLERS
-            for name in ("call_native", "pointer", "tokens")
-            if hasattr(module, name)
-        ]
-        for patch in patches:
-            patch.start()
-        try:
-            return exercise_threads.attend(*inputs)
-        finally:
-            for patch in patches:
-                patch.stop()
-            _alive.clear()
+    replaced = {"call_native": emulator.call_native, "pointer": noted(calls.pointer), "tokens": noted(calls.tokens)}
+    with contextlib.ExitStack() as stack:
+        stack.callback(_alive.clear)
+        for module in CALLERS:
+            present = {name: function for name, function in replaced.items() if hasattr(module, name)}
+            stack.enter_context(mock.patch.multiple(module, **present))
+        return exercise_threads.attend(*inputs)
 
 
 def main() -> None:
