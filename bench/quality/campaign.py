@@ -6,7 +6,8 @@
 Points of which the result file has more prompts than the lines keep what it says.
 
 Paired as in ``bench.quality.video``: same noise, same dense kernel, same inner backend. The dense videos lie beside the
-file. Stop it whenever you like; it goes on where it was.
+file, with what the model answered in the dense steps that all methods begin with: those are computed once. Stop it
+whenever you like; it goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from bench.common import RESULTS, write_results
 from bench.minidit.sample import PROMPTS
 from bench.quality.methods import GLOBAL_SLOPE, METHODS, PARTS
 from bench.quality.results import FIRST_ORDER, read_results
-from bench.quality.video import Setting, gate, sample, sample_sparse
+from bench.quality.video import Remembered, Setting, gate, sample, sample_sparse
 from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
 from svg2_compile.minidit.model import VideoSize, load_model
+from svg2_compile.runtime.dense_rules import dense_step_count
 
 SIZE, GUIDANCE, STEPS = VideoSize(16, 64, 64), 3.0, 20
 ALL = {method.name: method for method in (*METHODS, GLOBAL_SLOPE, *PARTS)}
@@ -91,12 +93,21 @@ def flicker(video: Tensor, dense: Tensor) -> float:
     return float((video.diff(dim=1) - dense.diff(dim=1)).abs().mean())
 
 
-def measure(model: nn.Module, item: Sample, dense: Tensor) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Dense:
+    """The dense video of a prompt and a number of steps, and the model's answers in its first, dense steps."""
+
+    video: Tensor
+    first: list[Tensor]
+
+
+def measure(model: nn.Module, item: Sample, dense: Dense) -> dict[str, Any]:
     """Sample one video and compare it with the dense one."""
     began = time.perf_counter()
     job = (PROMPTS[item.prompt], FIRST_SEED + item.prompt)
     selection: dict[str, Any] = {"density": item.density}
-    (done,) = sample_sparse(model, [job], item.setting, ALL[item.method], selection)
+    (done,) = sample_sparse(model, [job], item.setting, ALL[item.method], selection, [dense.first])
+    video = done.video
     return {
         "method": item.method,
         "requested_density": item.density,
@@ -106,21 +117,23 @@ def measure(model: nn.Module, item: Sample, dense: Tensor) -> dict[str, Any]:
         "dense_last_steps": item.dense_last_steps,
         "density": round(done.density, 4),
         "density_overall": round(done.density_overall, 4),
-        "psnr": round(psnr(done.video, dense), 3),
-        "ssim": round(ssim(done.video, dense), 4),
-        "ms_ssim": round(multiscale_ssim(done.video, dense), 4),
-        "flicker": round(flicker(done.video, dense), 5),
+        "psnr": round(psnr(video, dense.video), 3),
+        "ssim": round(ssim(video, dense.video), 4),
+        "ms_ssim": round(multiscale_ssim(video, dense.video), 4),
+        "flicker": round(flicker(video, dense.video), 5),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
-def dense_video(model: nn.Module, item: Sample, folder: Path) -> Tensor:
-    """The dense video of a sample's prompt and number of steps; made once."""
+def dense_video(model: nn.Module, item: Sample, folder: Path) -> Dense:
+    """What is dense of a sample's prompt and number of steps; made once."""
     path = folder / f"dense_{item.prompt}_{item.steps}.pt"
     if not path.exists():
-        torch.save(sample(model, PROMPTS[item.prompt], FIRST_SEED + item.prompt, item.setting).video, path)
-    video: Tensor = torch.load(path)
-    return video
+        first: list[Tensor] = []
+        calls = 2 * dense_step_count(item.setting.dense_steps, item.steps)  # with and without the prompt
+        made = sample(Remembered(model, first, calls), PROMPTS[item.prompt], FIRST_SEED + item.prompt, item.setting)
+        torch.save({"video": made.video, "first": first}, path)
+    return Dense(**torch.load(path))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.common import require_close, write_results
 from bench.minidit.sample import PROMPTS, video_size
@@ -81,7 +81,30 @@ class Sampled(Run):
     density_overall: float = 1.0
 
 
-def sample(model: nn.Module, prompt: str, seed: int, setting: Setting, scheduler: Any = None) -> Sampled:
+class Remembered:
+    """A model that answers its first calls from ``first``, and keeps there what it answers until ``calls`` are kept.
+
+    The dense steps at the start are the same for every method: they need not be computed for each.
+    """
+
+    def __init__(self, model: nn.Module, first: list[Tensor], calls: int = 0) -> None:
+        self._model, self._first, self._calls = model, first, calls
+        self._made = 0
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._model.parameters()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        self._made += 1
+        if self._made <= len(self._first):
+            return (self._first[self._made - 1],)
+        answer: tuple[Tensor, ...] = self._model(*args, **kwargs)
+        if len(self._first) < self._calls:
+            self._first.append(answer[0])
+        return answer
+
+
+def sample(model: nn.Module | Remembered, prompt: str, seed: int, setting: Setting, scheduler: Any = None) -> Sampled:
     """One video of the model as it is: dense, or enabled by the caller."""
     ends = [time.perf_counter()]
     (video,) = sample_videos(
@@ -105,15 +128,24 @@ def made_sparse(model: nn.Module, setting: Setting, point: Point) -> Iterator[tu
 
 
 def sample_sparse(
-    model: nn.Module, jobs: Sequence[Job], setting: Setting, method: Method, selection: dict[str, float]
+    model: nn.Module,
+    jobs: Sequence[Job],
+    setting: Setting,
+    method: Method,
+    selection: dict[str, float],
+    first: Sequence[list[Tensor]] | None = None,
 ) -> list[Sampled]:
-    """The videos of all (prompt, seed) by one method at one selection."""
+    """The videos of all (prompt, seed) by one method at one selection.
+
+    first: for each job what the model answers in its dense steps at the start, if that is known.
+    """
     sampled = []
     with made_sparse(model, setting, (method, selection)) as (enabled, scheduler):
-        for prompt, seed in jobs:
+        for index, (prompt, seed) in enumerate(jobs):
             enabled.reset()
             enabled.session.history.clear()
-            done = sample(model, prompt, seed, setting, scheduler)
+            called = Remembered(model, first[index]) if first else model
+            done = sample(called, prompt, seed, setting, scheduler)
             table = density_table(enabled.report(), setting.steps)
             if table.mean_sparse is None or table.mean_overall is None:
                 raise RuntimeError(f"{method.name} {selection}: no attention became sparse")
