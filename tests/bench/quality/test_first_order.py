@@ -15,7 +15,9 @@ from bench.quality import campaign, parts, tables_first_order
 from bench.quality.clusters import cluster
 from bench.quality.first_order import BEFORE, FirstOrderAttention, attention_of, errors
 from bench.quality.parts import Parts
+from bench.quality.video import sample_sparse
 from bench.shape import default_shape
+from svg2_compile.minidit.model import VideoSize, load_model
 from tests.bench.quality.made_up import FIRST, made_up_campaign, made_up_layers, row
 
 
@@ -72,6 +74,20 @@ def test_the_campaign_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pyte
     campaign.run(path, [0, 1])
     assert {tuple(row[key] for key in keys) for row in campaign.read_rows(path)} == {item.key for item in planned[:4]}
     assert len(campaign.read_rows(path)) == 4
+
+
+def test_dense_steps_that_are_remembered_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "SIZE", VideoSize(8, 32, 32))
+    model, item = load_model(), campaign.Sample(campaign.FIRST, 0.10, prompt=0, steps=4)
+    dense = campaign.dense_video(model, item, tmp_path)
+    assert len(dense.first) == 2  # one of four steps, with and without the prompt
+    again = campaign.dense_video(model, item, tmp_path)
+    assert torch.equal(again.video, dense.video)
+    job = (campaign.PROMPTS[0], campaign.FIRST_SEED)
+    arguments = (model, [job], item.setting, campaign.ALL[item.method], {"density": item.density})
+    (whole,), (continued,) = sample_sparse(*arguments), sample_sparse(*arguments, [again.first])
+    torch.testing.assert_close(continued.video, whole.video)
+    assert (continued.density, continued.density_overall) == (whole.density, whole.density_overall)
 
 
 def test_points_that_an_earlier_campaign_has_more_prompts_of_stay() -> None:
