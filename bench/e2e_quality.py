@@ -2,7 +2,7 @@
 
     python -m bench.e2e_quality            8,192 and 16,384 tokens, 20 steps; JSON in bench/results/e2e_quality.json
     python -m bench.e2e_quality --densities 0.10 0.15    every size at several budgets
-    python -m bench.e2e_quality --dense-layers 0         without a dense first layer
+    python -m bench.e2e_quality --dense-layers 0.03      with a dense first layer
     python -m bench.e2e_quality --quick    a small video, few steps; writes nothing
 
 A pair as ``svg2 compare`` runs it: same noise, same compiled dense graph, same inner backend (Inductor), no compilation

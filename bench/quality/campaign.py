@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bench.common import RESULTS, write_results
 from bench.minidit.sample import PROMPTS
 from bench.quality.methods import GLOBAL_SLOPE, METHODS, PARTS
-from bench.quality.results import FIRST_ORDER, read_results
+from bench.quality.results import FIRST_ORDER, dense_layers_of, read_results
 from bench.quality.video import Remembered, Setting, gate, sample, sample_sparse
 from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
 from svg2_compile.minidit.model import VideoSize, load_model
@@ -46,14 +46,21 @@ POINT = ("method", "requested_density", "steps", "dense_layers", "dense_last_ste
 
 @dataclass(frozen=True)
 class Sample:
-    """One sparse video: method, density, prompt's number, how many steps, and which layers and steps are dense."""
+    """One sparse video: method, density, prompt's number, how many steps, and which layers and steps are dense.
+
+    dense_layers: None is what the method is shown with.
+    """
 
     method: str
     density: float | str  # or a schedule
     prompt: int
     steps: int = STEPS
-    dense_layers: float = 0.03
+    dense_layers: float | None = None
     dense_last_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dense_layers is None:
+            object.__setattr__(self, "dense_layers", dense_layers_of(self.method))
 
     @property
     def setting(self) -> Setting:
@@ -78,7 +85,7 @@ def planned(prompts: Sequence[int]) -> Iterator[Sample]:
     yield from of([(method, 0.10) for method in OTHERS])
     for steps in (8, 4):
         yield from of([(FIRST, 0.10), (BEFORE, 0.25)], steps=steps)
-    yield from of([(FIRST, 0.10)], dense_layers=0.0)
+    yield from of([(FIRST, 0.10)], dense_layers=0.03)
     yield from of([(FIRST, 0.10)], dense_last_steps=1)
     yield from of([(FIRST, "0.15..0.05"), (FIRST, "0.05..0.15")])
     yield from of([(method.name, 0.10) for method in PARTS])

@@ -10,7 +10,8 @@ import numpy as np
 
 from bench.common import IMAGES
 from bench.plot_style import finish, new_figure, save
-from bench.quality.tables_first_order import DENSE_LAYERS, SHOWN, STEPS
+from bench.quality.results import dense_layers_of
+from bench.quality.tables_first_order import SHOWN, STEPS
 
 __all__ = ["plot_first_order", "plot_queries"]
 
@@ -30,7 +31,7 @@ def plot_first_order(document: Mapping[str, Any], folder: Path = IMAGES) -> Path
         rows = [
             row
             for row in document["results"]
-            if (row["method"], row["steps"], row["dense_layers"]) == (method, STEPS, DENSE_LAYERS)
+            if (row["method"], row["steps"], row["dense_layers"]) == (method, STEPS, dense_layers_of(method))
             and not row["dense_last_steps"]
             and isinstance(row["requested_density"], float)
         ]

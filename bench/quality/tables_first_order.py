@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import markdown
+from bench.quality.results import dense_layers_of
 
 __all__ = ["SHOWN", "layers_table", "parts_table", "psnr_table", "schedules_table", "sizes_table"]
 
@@ -20,10 +21,10 @@ SHOWN = {
     FIRST: "first order, layer's budget (the default)",
 }
 PARTS = ("P", "A + B", "A + B + J", "P + A", "P + A + B", "P + J")
-STEPS, DENSE_LAYERS = 20, 0.03
+STEPS = 20
 SCHEDULES = (
     ("20 steps", {"steps": 20}),
-    ("20 steps, no dense layer", {"steps": 20, "dense_layers": 0.0}),
+    ("20 steps, the first layer dense", {"steps": 20, "dense_layers": 0.03}),
     ("20 steps, the last one dense", {"steps": 20, "dense_last_steps": 1}),
     ("20 steps, density 0.15..0.05", {"steps": 20, "requested_density": "0.15..0.05"}),
     ("20 steps, density 0.05..0.15", {"steps": 20, "requested_density": "0.05..0.15"}),
@@ -40,6 +41,12 @@ def _found(document: Mapping[str, Any], **wanted: Any) -> Mapping[str, Any] | No
     return next(rows, None)
 
 
+def _video(document: Mapping[str, Any], method: str, density: float) -> Mapping[str, Any] | None:
+    """The row of a method as it is shown."""
+    layers = dense_layers_of(method)
+    return _found(document, method=method, requested_density=density, steps=STEPS, dense_layers=layers)
+
+
 def _psnr(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "not measured"
@@ -50,18 +57,11 @@ def _psnr(row: Mapping[str, Any] | None) -> str:
 def psnr_table(document: Mapping[str, Any]) -> str:
     """PSNR by method and density, and every prompt of the default beside the one before."""
     densities = sorted({d for d in (row["requested_density"] for row in document["results"]) if isinstance(d, float)})
-    point = {"steps": STEPS, "dense_layers": DENSE_LAYERS}
-    rows = [
-        [label, *(_psnr(_found(document, method=method, requested_density=d, **point)) for d in densities)]
-        for method, label in SHOWN.items()
-    ]
+    rows = [[label, *(_psnr(_video(document, method, d)) for d in densities)] for method, label in SHOWN.items()]
     size = f"{document['frames']}x{document['height']}x{document['width']} pixels, {document['tokens']:,} tokens"
     about = f"{size}, {STEPS} steps; mean ± deviation in dB, in brackets the number of prompts."
     parts = [about, markdown(["", *(f"{density:.0%}" for density in densities)], rows)]
-    now, before = (
-        _found(document, method=method, requested_density=density, **point)
-        for method, density in ((FIRST, 0.10), (BEFORE, 0.25))
-    )
+    now, before = _video(document, FIRST, 0.10), _video(document, BEFORE, 0.25)
     if now is not None and before is not None:
         shared = [prompt for prompt in now["prompts"] if prompt in before["prompts"]]
         each = [
@@ -78,26 +78,27 @@ def _of_prompts(row: Mapping[str, Any], prompts: Sequence[int]) -> list[str]:
 
 
 def parts_table(document: Mapping[str, Any]) -> str:
-    """PSNR and flicker of the parts, alone and together."""
-    point = {"steps": STEPS, "dense_layers": DENSE_LAYERS}
+    """PSNR and flicker of the parts, alone and together, all with the first layer dense."""
+    labels = {BEFORE: "none (the default before)", FIRST: "P + A + B + J"}
+    point = {"steps": STEPS, "dense_layers": 0.03}
     rows = []
     for method in (BEFORE, *PARTS, FIRST):
         found = [_found(document, method=method, requested_density=density, **point) for density in (0.10, 0.25)]
         flicker = "not measured" if found[0] is None else f"{found[0]['flicker_mean']:.4f}"
-        label = {BEFORE: "none (the default before)", FIRST: "P + A + B + J (the default)"}.get(method, method)
-        rows.append([label, *map(_psnr, found), flicker])
+        rows.append([labels.get(method, method), *map(_psnr, found), flicker])
     return markdown(["parts", "PSNR at 10 %", "PSNR at 25 %", "flicker at 10 %"], rows)
 
 
 def schedules_table(document: Mapping[str, Any]) -> str:
     """Short schedules, other dense steps and layers, and densities that change, over the prompts that each has."""
-    usual = {"dense_layers": DENSE_LAYERS, "requested_density": 0.10}
     rows = []
     for label, point in SCHEDULES:
+        usual = {"dense_layers": dense_layers_of(FIRST), "requested_density": 0.10}
         now = _found(document, method=FIRST, **{**usual, **point})
-        before = _found(document, method=BEFORE, **{**usual, **point, "requested_density": 0.25})
+        usual = {**point, "dense_layers": dense_layers_of(BEFORE), "requested_density": 0.25}
+        before = _found(document, method=BEFORE, **usual)
         flicker = "not measured" if now is None else f"{now['flicker_mean']:.4f}"
-        plain = "-" if "requested_density" in point else _psnr(before)
+        plain = "-" if {"requested_density", "dense_layers"} & point.keys() else _psnr(before)
         rows.append([label, _prompt(now, 0), _psnr(now), flicker, plain])
     header = ["schedule", "prompt 0", "the default at 10 %", "its flicker", "the default before at 25 %"]
     return markdown(header, rows)

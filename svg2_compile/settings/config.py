@@ -25,6 +25,8 @@ DEFAULT_TOP_P = 0.9
 DEFAULT_DENSE_STEPS = 0.2
 DEFAULT_DENSITY = {"centroid": 0.25, "first_order": 0.10}
 """By compensation; without it a mass decides, as published."""
+DEFAULT_DENSE_LAYERS: Mapping[str, int | float] = {"none": 0.03, "centroid": 0.03, "first_order": 0}
+"""By compensation: as published, but for first order, with which a dense layer gains nothing (docs/quality.md)."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Svg2Config:
     """The settings of one compiled model. Frozen and hashable; equal settings are equal values.
 
     Defaults are those of the SVG2 scripts where these are published (Sparse VideoGen2, arXiv 2505.18875), except
-    compensation, routing, budget, density, the cluster counts and k-means iterations, which follow measurements
-    (docs/quality.md).
+    compensation, routing, budget, density, dense layers, the cluster counts and k-means iterations, which follow
+    measurements (docs/quality.md).
 
     Attributes:
         preset: the preset these settings started from ("name:variant"); only :meth:`from_options` applies one.
@@ -61,6 +63,7 @@ class Svg2Config:
         dense_timesteps: steps whose timestep lies in this fraction of its range, counted from the noisy end, stay
             dense, as ``first_times_fp`` of the SVG2 scripts says; None: the timestep decides nothing.
         dense_layers: layers at the start of the model that stay dense: a count (int), or a fraction (float in [0, 1)).
+            "auto" is 0 with compensation="first_order" and 0.03 otherwise.
         min_tokens: the shortest attention that becomes sparse: a number of video tokens, or "auto" for the cost
             model's crossover on the device.
         compensation: "none"; "centroid": key clusters that were not selected take part through their centroid
@@ -97,7 +100,7 @@ class Svg2Config:
     dense_steps: Any = "auto"  # int | float; "auto" is resolved
     dense_last_steps: int | float = 0
     dense_timesteps: float | None = None
-    dense_layers: int | float = 0.03
+    dense_layers: Any = "auto"  # int | float; "auto" is resolved
     min_tokens: int | str = "auto"
     compensation: str = "first_order"
     routing: str = "auto"
@@ -119,6 +122,8 @@ class Svg2Config:
             object.__setattr__(self, "preset", load_preset(self.preset).name)
         if self.dense_steps == "auto":
             object.__setattr__(self, "dense_steps", DEFAULT_DENSE_STEPS if self.dense_timesteps is None else 0)
+        if self.dense_layers == "auto":
+            object.__setattr__(self, "dense_layers", DEFAULT_DENSE_LAYERS[self.compensation])
         if self.routing == "auto":
             object.__setattr__(self, "routing", "score" if self.compensation == "none" else "error")
         if self.routing == "error" and self.compensation == "none":
@@ -219,6 +224,8 @@ class Svg2Config:
         values = {name: value for name, (_, value) in canonical_names(changes).items()}
         if "compensation" in values:
             values.setdefault("routing", "auto")  # the old routing belongs to the old compensation
+            if self.dense_layers == DEFAULT_DENSE_LAYERS[self.compensation]:
+                values.setdefault("dense_layers", "auto")
         if "dense_timesteps" in values:
             values.setdefault("dense_steps", "auto")
         mass_decides = "top_p" in values or ("density" in values and values["density"] in (None, "none"))

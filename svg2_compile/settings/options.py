@@ -95,7 +95,7 @@ SPECS: Mapping[str, Spec] = {
     "dense_steps": Spec(("int", "float", "str"), excluded=(1.0,), choices=("auto",)),
     "dense_last_steps": _COUNT_OR_FRACTION,
     "dense_timesteps": Spec(("float",), optional=True),
-    "dense_layers": _COUNT_OR_FRACTION,
+    "dense_layers": Spec(("int", "float", "str"), excluded=(1.0,), choices=("auto",)),
     "min_tokens": Spec(("int", "str"), choices=("auto",)),
     "compensation": Spec(("str",), choices=("none", "centroid", "first_order")),
     "routing": Spec(("str",), choices=("auto", "score", "error")),

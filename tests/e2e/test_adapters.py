@@ -17,8 +17,8 @@ import svg2_compile
 from tests.e2e.pipelines import SmallPipeline, build
 from tests.support import IDENTITY, assert_close
 
-# dense_layers is left at its default, as users do: one of the three layers.
-EXACT = {name: value for name, value in IDENTITY.items() if name != "dense_layers"} | {"dense_steps": 1}
+# dense_layers as published: one of the three layers.
+EXACT = {**IDENTITY, "dense_layers": 0.03, "dense_steps": 1}
 BOTH = pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 LAYERS, BRANCHES, STEPS = 3, 2, 4
 

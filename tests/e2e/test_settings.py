@@ -19,9 +19,9 @@ import svg2_compile
 from tests.e2e.pipelines import SmallPipeline, build
 from tests.support import IDENTITY, SELECTION, assert_close
 
-# dense_layers is left at its default, as users do: one of the three layers.
-DEFAULT_LAYERS = {name: value for name, value in SELECTION.items() if name != "dense_layers"} | {"dense_steps": 1}
-EXACT = {name: value for name, value in IDENTITY.items() if name != "dense_layers"} | {"dense_steps": 1}
+# dense_layers as published: one of the three layers.
+DEFAULT_LAYERS = {**SELECTION, "dense_layers": 0.03, "dense_steps": 1}
+EXACT = {**IDENTITY, "dense_layers": 0.03, "dense_steps": 1}
 LAYERS, BRANCHES, STEPS = 3, 2, 4
 
 

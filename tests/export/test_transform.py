@@ -143,9 +143,9 @@ def test_a_block_alone_counts_steps_by_its_modulation():
         model(**inputs)
         hook.remove()
         module, args = model.blocks[1], captured["args"]
-        # The default keeps the first layers dense: a block alone does not know that it is one of them.
-        options = {name: value for name, value in SELECTION.items() if name != "dense_layers"}
-        program = svg2_compile.transform(torch.export.export(module, args), **{**options, "dense_steps": 1})
+        # First layers are to stay dense: a block alone does not know that it is one of them.
+        options = {**SELECTION, "dense_layers": 0.03, "dense_steps": 1}
+        program = svg2_compile.transform(torch.export.export(module, args), **options)
         assert program.time.kind == "modulation" and program.graph_report.regional
         for factor in (1.0, 1.0, 0.5, 0.25, 1.0):
             hidden, text, modulation, rotary = args

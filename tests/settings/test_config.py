@@ -22,7 +22,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (config.selection(), config.min_k_ratio) == ((0.9, 0.1), 0.1)
     assert (config.compensation, config.routing, config.budget) == ("first_order", "error", "layer")
     assert (config.init_iters, config.step_iters) == (10, 1)
-    assert (config.dense_steps, config.dense_layers, config.min_tokens) == (0.2, 0.03, "auto")
+    assert (config.dense_steps, config.dense_layers, config.min_tokens) == (0.2, 0, "auto")
     assert config.num_q_clusters is None
     assert config.num_k_clusters is None
 
@@ -54,6 +54,17 @@ def test_changes_take_the_default_selection_along() -> None:
     assert Svg2Config(top_p=0.5).replace(compensation="none").selection() == (0.5, None)
     assert Svg2Config().replace(compensation="none").selection() == (0.9, None)
     assert Svg2Config(compensation="none").replace(compensation="centroid").selection() == (0.9, 0.25)
+
+
+def test_dense_layers_follow_the_compensation_unless_they_are_given() -> None:
+    names = ("none", "centroid", "first_order")
+    assert [Svg2Config(compensation=name).dense_layers for name in names] == [0.03, 0.03, 0]
+    plain = Svg2Config().replace(compensation="none")
+    assert plain.dense_layers == 0.03 and plain.replace(compensation="first_order").dense_layers == 0
+    assert Svg2Config(dense_layers=2).replace(compensation="none").dense_layers == 2
+    assert Svg2Config(compensation="none", dense_layers="auto").dense_layers == 0.03
+    published = {"preset": "wan2.1-14b-720p:quality", "compensation": "first_order", "density": 0.1}
+    assert Svg2Config.from_options(published).dense_layers == 0.03
 
 
 def test_every_field_has_a_spec_and_the_other_way_round() -> None:

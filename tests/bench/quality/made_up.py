@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from bench.quality.campaign import summary
+from bench.quality.results import dense_layers_of
 
 BEFORE, FIRST = "svg2+comp+ear", "svg2+first_order"
 
 
 def made_up_campaign() -> dict[str, Any]:
-    """Two methods at two densities, of two and three prompts, and one of them in 8 steps."""
+    """Two methods at two densities, of two and three prompts, and one of them in 8 steps, and with a dense layer."""
     rows = [
         row(method, density, prompt, 20)
         for method, prompts in ((BEFORE, (2, 0)), (FIRST, (0, 1, 2)))
@@ -18,14 +19,15 @@ def made_up_campaign() -> dict[str, Any]:
         for prompt in prompts
     ]
     size = {"frames": 16, "height": 64, "width": 64, "tokens": 4096}
-    return {**size, "results": summary([*rows, row(FIRST, 0.10, 0, 8)])}
+    return {**size, "results": summary([*rows, row(FIRST, 0.10, 0, 8), row(FIRST, 0.10, 1, 20, 0.03)])}
 
 
-def row(method: str, density: float, prompt: int, steps: int) -> dict[str, Any]:
+def row(method: str, density: float, prompt: int, steps: int, dense_layers: float | None = None) -> dict[str, Any]:
     psnr = 20 + 40 * density + prompt + (8.0 if method == FIRST else 0.0)
     measured = {"psnr": psnr, "ssim": 0.9, "ms_ssim": 0.95, "flicker": 0.01, "seconds": 60.0}
     point = {"method": method, "requested_density": density, "prompt": prompt, "steps": steps}
-    point |= {"dense_layers": 0.03, "dense_last_steps": 0}
+    layers = dense_layers_of(method) if dense_layers is None else dense_layers
+    point |= {"dense_layers": layers, "dense_last_steps": 0}
     return {**point, "density": density + 0.001, **measured}
 
 

@@ -107,7 +107,7 @@ def test_tables_say_how_many_prompts_were_measured() -> None:
     assert "| SVG2, skipped clusters dropped | not measured | not measured |" in psnr
     assert "| the default at 10 % | 32.0 | 34.0 |" in psnr and "prompt 1" not in psnr
     assert "| 8 steps | 32.0 | 32.0 ± 0.0 (1) | 0.0100 | not measured |" in tables_first_order.schedules_table(document)
-    assert "| P + A + B + J (the default) | 33.0" in tables_first_order.parts_table(document)
+    assert "| P + A + B + J | 33.0 ± 0.0 (1) | not measured |" in tables_first_order.parts_table(document)
     layers = tables_first_order.layers_table(made_up_layers())
     assert "| P | 0.50 (0.50) | 1.00 (1.00) |" in layers and "0.1000 (the error itself)" in layers
     about = {"num_tokens": 1024, "head_dim": 64, "spread": 1.2}
