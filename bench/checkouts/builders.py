@@ -240,3 +240,31 @@ def open_sora(checkout: Path) -> Callable[[], nn.Module]:
     sizes = {"in_channels": 16, "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2}
     rest = {"depth_single_blocks": 2, "qkv_bias": True, "guidance_embed": False, "from_pretrained": "", "cache_dir": ""}
     return lambda: randomised(model.MMDiTModel(model.MMDiTConfig(**text, **sizes, **rest)))
+
+
+def fastvideo(checkout: Path) -> Callable[[], nn.Module]:
+    package("fastvideo", checkout / "fastvideo")
+    missing("cloudpickle", "torchvision", "imageio", "av", "cv2", "ray", "zmq", "flash_attn", "remote_pdb")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel: Any = importlib.import_module("fastvideo.distributed.parallel_state")
+    parallel.maybe_init_distributed_environment_and_model_parallel(1, 1)
+    platform: Any = importlib.import_module("fastvideo.platforms").current_platform
+    sdpa = "fastvideo.attention.backends.sdpa.SDPABackend"  # its CPU platform names no attention
+    type(platform).get_attn_backend_cls = classmethod(lambda *_, **__: sdpa)
+    context: Any = importlib.import_module("fastvideo.forward_context")
+    # Its pipelines set one around every call.
+    context._forward_context = context.ForwardContext(current_timestep=0, attn_metadata=None)
+    configs: Any = importlib.import_module("fastvideo.configs.models.dits.wanvideo")
+    model: Any = importlib.import_module("fastvideo.models.dits.wanvideo")
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 3, "in_channels": 4, "out_channels": 4}
+    text = {"text_dim": 32, "freq_dim": 32, "ffn_dim": 128}
+
+    def build() -> nn.Module:
+        config = configs.WanVideoConfig(arch_config=configs.WanVideoArchConfig(**sizes, **text))
+        made = randomised(model.WanTransformer3DModel(config, {}))
+        for name, parameter in made.named_parameters():
+            if parameter.dim() == 1:  # left uninitialised
+                nn.init.constant_(parameter, float("bias" not in name))
+        return made
+
+    return build

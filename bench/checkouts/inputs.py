@@ -23,6 +23,11 @@ def batched(*size: int) -> Call:
     return (torch.randn(1, 4, *size), torch.tensor([900.0]), torch.randn(1, 12, 32)), {}
 
 
+def worded(*size: int) -> Call:
+    (video, timestep, text), _ = batched(*size)
+    return (video, text, timestep), {}
+
+
 def counted(*size: int) -> Call:
     args, _ = listed(*size)
     return (torch.stack(args[0]), *args[1:]), {}

@@ -10,6 +10,7 @@ from torch import nn
 
 from bench.checkouts.builders import (
     diffsynth,
+    fastvideo,
     hunyuan,
     hunyuan_1_5,
     hunyuan_flash,
@@ -38,6 +39,7 @@ from bench.checkouts.inputs import (
     patched,
     streamed,
     towers,
+    worded,
 )
 
 
@@ -103,6 +105,12 @@ RECIPES: dict[str, Recipe] = {
         "https://github.com/kijai/ComfyUI-WanVideoWrapper", wan_wrapper, listed_with_table, "SDPA in float32"
     ),
     "DiffSynth-Studio": Recipe("https://github.com/modelscope/DiffSynth-Studio", diffsynth, batched, f"Wan, {_SDPA}"),
+    "FastVideo": Recipe(
+        "https://github.com/hao-ai-lab/FastVideo",
+        fastvideo,
+        worded,
+        "Wan, attention out of its graph (its default), SDPA",
+    ),
     "LTX-Video": Recipe("https://github.com/Lightricks/LTX-Video", ltx, patched),
     "Open-Sora": Recipe(
         "https://github.com/hpcaitech/Open-Sora", open_sora, numbered, "flash-attn's operator and norms by plain ones"
