@@ -133,12 +133,13 @@ _NOT_YET = (
     "What stays dense in such code, and why:",
     "",
     "- HunyuanVideo 1.5's own torch mode: an `assert` on the numbers in a mask breaks the graph in front of every "
-    "attention over the video; the warning names the line. By blocks two attentions are sparse; which ones was not "
-    "looked at, most likely those of the text's refiner, which only `min_tokens=0` lets in.",
+    "attention over the video; the warning names the line. The two that are sparse by blocks are those of the text's "
+    "refiner (so are two of the five in its flash mode), which only `min_tokens=0` lets in.",
     "- Attention behind a graph break whose queries, keys and values are not of one length: the warning names the line "
     "and the way out.",
     "- A block that is compiled alone and is handed video and text as one tensor, all of it with positions: nothing in "
-    "it shows where the text begins, and it is clustered with the video. Compile the whole model.",
+    "it shows where the text begins, and it is clustered with the video. That is said once, where the model's "
+    "`patch_size` and `in_channels` tell how many patches its video has. Compile the whole model.",
 )
 
 
