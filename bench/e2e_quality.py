@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     budgets = "fixed budgets instead of the default selection"
     parser.add_argument("--densities", type=float, nargs="+", default=(None,), metavar="DENSITY", help=budgets)
-    layers = "as the option dense_layers; default: svg2's"
+    layers = "a fraction of the layers; default: svg2's"
     parser.add_argument("--dense-layers", type=float, default=None, metavar="SHARE", help=layers)
     arguments = parser.parse_args()
     sizes = (VideoSize(8, 48, 48),) if arguments.quick else arguments.sizes

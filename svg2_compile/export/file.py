@@ -42,8 +42,9 @@ def load(path: str | os.PathLike[str], **options: Any) -> TransformedProgram:
 
     Args:
         path: a file of ``save`` or ``package``.
-        **options: run-time options that replace those in the file: init_iters, step_iters, dense_steps, inner_backend,
-            inductor_mode, strict, store_limit_mb.
+        **options: run-time options that replace those in the file: init_iters, step_iters, dense_steps,
+            dense_last_steps, dense_timesteps, inner_backend, inductor_mode, strict, store_limit_mb, and density where
+            heads share one.
 
     Raises:
         ExportError: there is no such file, it is none of ours, or this installation cannot run it (a newer format or
