@@ -15,7 +15,7 @@ SMALL = ["--frames", "4", "--height", "32", "--width", "48", "--steps", "4", "--
 def test_a_video_dense_and_sparse(tmp_path):
     done = CliRunner().invoke(app, ["demo", *SMALL, "--out", str(tmp_path / "demo")])
     assert done.exit_code == 0, done.output
-    assert "7 of 16 attentions sparse" in done.output and "PSNR against dense" in done.output
+    assert "8 of 16 attentions sparse" in done.output and "PSNR against dense" in done.output
     with Image.open(tmp_path / "demo" / "frames.png") as sheet:
         assert sheet.width == 4 * 2 * 48 and sheet.height > 3 * 2 * 32  # dense, sparse, difference, with their names
     with Image.open(tmp_path / "demo" / "video.gif") as animation:
