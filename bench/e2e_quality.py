@@ -3,6 +3,7 @@
     python -m bench.e2e_quality            8,192 and 16,384 tokens, 20 steps; JSON in bench/results/e2e_quality.json
     python -m bench.e2e_quality --densities 0.10 0.15    every size at several budgets
     python -m bench.e2e_quality --dense-layers 0.03      with a dense first layer
+    python -m bench.e2e_quality --sizes 32x64x64 --steps 8 4 --out e2e_quality_short    short schedules
     python -m bench.e2e_quality --quick    a small video, few steps; writes nothing
 
 A pair as ``svg2 compare`` runs it: same noise, same compiled dense graph, same inner backend (Inductor), no compilation
@@ -101,7 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small video, few steps; writes nothing")
     parser.add_argument("--sizes", type=video_size, nargs="+", default=SIZES, metavar="FRAMESxHEIGHTxWIDTH")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, nargs="+", default=(20,))
+    parser.add_argument("--out", default="e2e_quality", help="name of the result file in bench/results")
     budgets = "fixed budgets instead of the default selection"
     parser.add_argument("--densities", type=float, nargs="+", default=(None,), metavar="DENSITY", help=budgets)
     layers = "a fraction of the layers; default: svg2's"
@@ -109,13 +111,14 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = (VideoSize(8, 48, 48),) if arguments.quick else arguments.sizes
     results = []
-    for size, density in itertools.product(sizes, arguments.densities):
+    schedules = (6,) if arguments.quick else arguments.steps
+    for size, steps, density in itertools.product(sizes, schedules, arguments.densities):
         given = {"density": density, "dense_layers": arguments.dense_layers}
         options = {name: value for name, value in given.items() if value is not None}
-        results.append(run_case(size, 6 if arguments.quick else arguments.steps, options))
+        results.append(run_case(size, steps, options))
         print(results[-1], flush=True)
     if not arguments.quick:
-        print(write_results("e2e_quality", results))
+        print(write_results(arguments.out, results))
 
 
 if __name__ == "__main__":

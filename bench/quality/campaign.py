@@ -205,7 +205,9 @@ def main() -> None:
     size = {"frames": SIZE.frames, "height": SIZE.height, "width": SIZE.width, "tokens": SIZE.tokens}
     described = {**size, "guidance": GUIDANCE, "dense_steps": 0.2, "jobs": jobs, "gate_error": error}
     before = read_results(RESULTS, FIRST_ORDER) or {"results": []}
-    print(write_results(FIRST_ORDER, merged(summary(read_rows(arguments.rows)), before["results"]), **described))
+    # What an earlier campaign measured says where, for as long as it is kept.
+    old = [{"environment": before["environment"], **row} for row in before["results"]]
+    print(write_results(FIRST_ORDER, merged(summary(read_rows(arguments.rows)), old), **described))
 
 
 if __name__ == "__main__":
