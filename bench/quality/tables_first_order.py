@@ -93,7 +93,7 @@ def schedules_table(document: Mapping[str, Any]) -> str:
     """Short schedules, other dense steps and layers, and densities that change, over the prompts that each has."""
     rows = []
     for label, point in SCHEDULES:
-        usual = {"dense_layers": dense_layers_of(FIRST), "requested_density": 0.10}
+        usual: dict[str, Any] = {"dense_layers": dense_layers_of(FIRST), "requested_density": 0.10}
         now = _found(document, method=FIRST, **{**usual, **point})
         usual = {**point, "dense_layers": dense_layers_of(BEFORE), "requested_density": 0.25}
         before = _found(document, method=BEFORE, **usual)

@@ -81,30 +81,28 @@ class Sampled(Run):
     density_overall: float = 1.0
 
 
-class Remembered:
+class Remembered(nn.Module):
     """A model that answers its first calls from ``first``, and keeps there what it answers until ``calls`` are kept.
 
     The dense steps at the start are the same for every method: they need not be computed for each.
     """
 
     def __init__(self, model: nn.Module, first: list[Tensor], calls: int = 0) -> None:
-        self._model, self._first, self._calls = model, first, calls
-        self._made = 0
+        super().__init__()
+        self.model, self.first, self.calls = model, first, calls
+        self.made = 0
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self._model.parameters()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        self._made += 1
-        if self._made <= len(self._first):
-            return (self._first[self._made - 1],)
-        answer: tuple[Tensor, ...] = self._model(*args, **kwargs)
-        if len(self._first) < self._calls:
-            self._first.append(answer[0])
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        self.made += 1
+        if self.made <= len(self.first):
+            return (self.first[self.made - 1],)
+        answer: tuple[Tensor, ...] = self.model(*args, **kwargs)
+        if len(self.first) < self.calls:
+            self.first.append(answer[0])
         return answer
 
 
-def sample(model: nn.Module | Remembered, prompt: str, seed: int, setting: Setting, scheduler: Any = None) -> Sampled:
+def sample(model: nn.Module, prompt: str, seed: int, setting: Setting, scheduler: Any = None) -> Sampled:
     """One video of the model as it is: dense, or enabled by the caller."""
     ends = [time.perf_counter()]
     (video,) = sample_videos(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def test_dense_steps_that_are_remembered_change_nothing(tmp_path: Path, monkeypa
     again = campaign.dense_video(model, item, tmp_path)
     assert torch.equal(again.video, dense.video)
     job = (campaign.PROMPTS[0], campaign.FIRST_SEED)
-    arguments = (model, [job], item.setting, campaign.ALL[item.method], {"density": item.density})
+    selection: dict[str, Any] = {"density": item.density}
+    arguments = (model, [job], item.setting, campaign.ALL[item.method], selection)
     (whole,), (continued,) = sample_sparse(*arguments), sample_sparse(*arguments, [again.first])
     torch.testing.assert_close(continued.video, whole.video)
     assert (continued.density, continued.density_overall) == (whole.density, whole.density_overall)
