@@ -43,6 +43,7 @@ def plot_first_order(document: Mapping[str, Any], folder: Path = IMAGES) -> Path
         spread = np.array([row["psnr_std"] for row in rows])
         axes.fill_between(x, y - spread, y + spread, color=COLOURS[method], alpha=0.12, linewidth=0)
     axes.legend(fontsize=8)
+    axes.set_xticks([0.05, 0.10, 0.15, 0.20, 0.25])
     finish(axes, "density of the sparse attentions", "PSNR against dense, dB", "Whole videos", "x")
     return save(figure, folder, "quality_first_order")
 
