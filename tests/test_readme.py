@@ -23,7 +23,7 @@ def test_the_first_example_and_explain(capsys):
     exec(EXAMPLES[2], names)
     shown = capsys.readouterr().out
     assert shown.count("blocks.0-1.attn1") + shown.count("blocks.1.attn1") >= 2
-    assert "cross_attention" in shown and "ran 3 sparse and 1 dense" in shown
+    assert "cross_attention" in shown and "ran 6 sparse and 2 dense" in shown
 
 
 def test_the_pipeline_example(capsys):

@@ -36,15 +36,15 @@ def _eager(monkeypatch, tmp_path):
 def test_transform_save_load(capsys):
     exec(EXAMPLES[0], {})
     exec(EXAMPLES[1], {})
-    assert "ran 3 sparse and 1 dense attentions" in capsys.readouterr().out
+    assert "ran 6 sparse and 2 dense attentions" in capsys.readouterr().out
     assert Path("wan_svg2.pt2").is_file()
 
 
 def test_in_a_pipeline(capsys):
     exec(EXAMPLES[2], {})
     shown = capsys.readouterr().out
-    # Two layers, of which the first stays dense; four steps, of which the first is dense; two guidance branches.
-    assert "ran 6 sparse and 2 dense attentions" in shown
+    # Two layers; four steps, of which the first is dense; two guidance branches.
+    assert "ran 12 sparse and 4 dense attentions" in shown
     assert len(EXAMPLES) == 3
 
 
