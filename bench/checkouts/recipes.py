@@ -109,7 +109,7 @@ RECIPES: dict[str, Recipe] = {
         "https://github.com/hao-ai-lab/FastVideo",
         fastvideo,
         worded,
-        "Wan, attention out of its graph (its default), SDPA",
+        "Wan, SDPA, outside of graphs (its default)",
     ),
     "LTX-Video": Recipe("https://github.com/Lightricks/LTX-Video", ltx, patched),
     "Open-Sora": Recipe(

@@ -29,7 +29,14 @@ from torch import Tensor, nn
 from bench.common import RESULTS, write_results
 from bench.minidit.sample import PROMPTS
 from bench.quality.methods import GLOBAL_SLOPE, METHODS, PARTS
-from bench.quality.results import FIRST_ORDER, dense_layers_of, read_results
+from bench.quality.results import (
+    BEFORE,
+    FIRST,
+    FIRST_ORDER,
+    PUBLISHED_DENSE_LAYERS,
+    dense_layers_of,
+    read_results,
+)
 from bench.quality.video import Remembered, Setting, gate, sample, sample_sparse
 from svg2_compile.compare.metrics import multiscale_ssim, psnr, ssim
 from svg2_compile.minidit.model import VideoSize, load_model
@@ -37,7 +44,6 @@ from svg2_compile.runtime.dense_rules import dense_step_count
 
 SIZE, GUIDANCE, STEPS = VideoSize(16, 64, 64), 3.0, 20
 ALL = {method.name: method for method in (*METHODS, GLOBAL_SLOPE, *PARTS)}
-FIRST, BEFORE = "svg2+first_order", "svg2+comp+ear"
 OTHERS = ("svg2", "global slope", "tiles+first_order")
 FIRST_SEED = 100
 POINT = ("method", "requested_density", "steps", "dense_layers", "dense_last_steps")
@@ -85,7 +91,7 @@ def planned(prompts: Sequence[int]) -> Iterator[Sample]:
     yield from of([(method, 0.10) for method in OTHERS])
     for steps in (8, 4):
         yield from of([(FIRST, 0.10), (BEFORE, 0.25)], steps=steps)
-    yield from of([(FIRST, 0.10)], dense_layers=0.03)
+    yield from of([(FIRST, 0.10)], dense_layers=PUBLISHED_DENSE_LAYERS)
     yield from of([(FIRST, 0.10)], dense_last_steps=1)
     yield from of([(FIRST, "0.15..0.05"), (FIRST, "0.05..0.15")])
     yield from of([(method.name, 0.10) for method in PARTS])
@@ -114,7 +120,6 @@ def measure(model: nn.Module, item: Sample, dense: Dense) -> dict[str, Any]:
     job = (PROMPTS[item.prompt], FIRST_SEED + item.prompt)
     selection: dict[str, Any] = {"density": item.density}
     (done,) = sample_sparse(model, [job], item.setting, ALL[item.method], selection, [dense.first])
-    video = done.video
     return {
         "method": item.method,
         "requested_density": item.density,
@@ -124,10 +129,10 @@ def measure(model: nn.Module, item: Sample, dense: Dense) -> dict[str, Any]:
         "dense_last_steps": item.dense_last_steps,
         "density": round(done.density, 4),
         "density_overall": round(done.density_overall, 4),
-        "psnr": round(psnr(video, dense.video), 3),
-        "ssim": round(ssim(video, dense.video), 4),
-        "ms_ssim": round(multiscale_ssim(video, dense.video), 4),
-        "flicker": round(flicker(video, dense.video), 5),
+        "psnr": round(psnr(done.video, dense.video), 3),
+        "ssim": round(ssim(done.video, dense.video), 4),
+        "ms_ssim": round(multiscale_ssim(done.video, dense.video), 4),
+        "flicker": round(flicker(done.video, dense.video), 5),
         "seconds": round(time.perf_counter() - began, 1),
     }
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from bench.common import IMAGES
 from bench.plot_style import finish, new_figure, save
-from bench.quality.results import dense_layers_of
-from bench.quality.tables_first_order import SHOWN, STEPS
+from bench.quality.tables_first_order import SHOWN, shown_rows
 
 __all__ = ["plot_first_order", "plot_queries"]
 
@@ -28,13 +27,7 @@ def plot_first_order(document: Mapping[str, Any], folder: Path = IMAGES) -> Path
     """quality_first_order.png: PSNR of whole videos over density, a line per method."""
     figure, axes = new_figure(1, 4.8, 7.4)
     for method, label in SHOWN.items():
-        rows = [
-            row
-            for row in document["results"]
-            if (row["method"], row["steps"], row["dense_layers"]) == (method, STEPS, dense_layers_of(method))
-            and not row["dense_last_steps"]
-            and isinstance(row["requested_density"], float)
-        ]
+        rows = list(shown_rows(document, method).values())
         if not rows:
             continue  # not measured yet
         rows.sort(key=lambda row: float(row["density"]))

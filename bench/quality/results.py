@@ -8,11 +8,14 @@ from typing import Any
 
 __all__ = [
     "ATTENTION",
+    "BEFORE",
+    "FIRST",
     "FIRST_ORDER",
     "FIRST_ORDER_LAYERS",
     "FIRST_ORDER_SIZES",
     "GUARD",
     "LONG",
+    "PUBLISHED_DENSE_LAYERS",
     "SPEED",
     "STAGES",
     "VIDEO",
@@ -37,9 +40,14 @@ STAGES = "stages"
 """``bench.stages``."""
 
 
+FIRST, BEFORE = "svg2+first_order", "svg2+comp+ear"
+"""The methods that are the default, and were it before."""
+PUBLISHED_DENSE_LAYERS = 0.03
+
+
 def dense_layers_of(method: str) -> float:
     """The share of dense layers that a method is measured with by whole videos: its default, or as published."""
-    return 0.0 if method == "svg2+first_order" else 0.03
+    return 0.0 if method == FIRST else PUBLISHED_DENSE_LAYERS
 
 
 def read_results(folder: Path, name: str) -> dict[str, Any] | None:

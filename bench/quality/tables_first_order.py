@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from bench.common import markdown
-from bench.quality.results import dense_layers_of
+from bench.quality.results import BEFORE, FIRST, PUBLISHED_DENSE_LAYERS, dense_layers_of
 
-__all__ = ["SHOWN", "layers_table", "parts_table", "psnr_table", "schedules_table", "sizes_table"]
+__all__ = ["SHOWN", "layers_table", "parts_table", "psnr_table", "schedules_table", "shown_rows", "sizes_table"]
 
-FIRST, BEFORE = "svg2+first_order", "svg2+comp+ear"
 SHOWN = {
     "svg2": "SVG2, skipped clusters dropped",
     "global slope": "a global slope beside centroids (as PISA)",
@@ -24,7 +23,7 @@ PARTS = ("P", "A + B", "A + B + J", "P + A", "P + A + B", "P + J")
 STEPS = 20
 SCHEDULES = (
     ("20 steps", {"steps": 20}),
-    ("20 steps, the first layer dense", {"steps": 20, "dense_layers": 0.03}),
+    ("20 steps, the first layer dense", {"steps": 20, "dense_layers": PUBLISHED_DENSE_LAYERS}),
     ("20 steps, the last one dense", {"steps": 20, "dense_last_steps": 1}),
     ("20 steps, density 0.15..0.05", {"steps": 20, "requested_density": "0.15..0.05"}),
     ("20 steps, density 0.05..0.15", {"steps": 20, "requested_density": "0.05..0.15"}),
@@ -41,10 +40,15 @@ def _found(document: Mapping[str, Any], **wanted: Any) -> Mapping[str, Any] | No
     return next(rows, None)
 
 
-def _video(document: Mapping[str, Any], method: str, density: float) -> Mapping[str, Any] | None:
-    """The row of a method as it is shown."""
-    layers = dense_layers_of(method)
-    return _found(document, method=method, requested_density=density, steps=STEPS, dense_layers=layers)
+def shown_rows(document: Mapping[str, Any], method: str) -> dict[float, Mapping[str, Any]]:
+    """The rows of a method as it is shown, by its density."""
+    point = (method, STEPS, dense_layers_of(method), 0)
+    return {
+        row["requested_density"]: row
+        for row in document["results"]
+        if (row["method"], row["steps"], row["dense_layers"], row["dense_last_steps"]) == point
+        and isinstance(row["requested_density"], float)
+    }
 
 
 def _psnr(row: Mapping[str, Any] | None) -> str:
@@ -57,11 +61,12 @@ def _psnr(row: Mapping[str, Any] | None) -> str:
 def psnr_table(document: Mapping[str, Any]) -> str:
     """PSNR by method and density, and every prompt of the default beside the one before."""
     densities = sorted({d for d in (row["requested_density"] for row in document["results"]) if isinstance(d, float)})
-    rows = [[label, *(_psnr(_video(document, method, d)) for d in densities)] for method, label in SHOWN.items()]
+    shown = {method: shown_rows(document, method) for method in SHOWN}
+    rows = [[label, *(_psnr(shown[method].get(d)) for d in densities)] for method, label in SHOWN.items()]
     size = f"{document['frames']}x{document['height']}x{document['width']} pixels, {document['tokens']:,} tokens"
     about = f"{size}, {STEPS} steps; mean ± deviation in dB, in brackets the number of prompts."
     parts = [about, markdown(["", *(f"{density:.0%}" for density in densities)], rows)]
-    now, before = _video(document, FIRST, 0.10), _video(document, BEFORE, 0.25)
+    now, before = shown[FIRST].get(0.10), shown[BEFORE].get(0.25)
     if now is not None and before is not None:
         shared = [prompt for prompt in now["prompts"] if prompt in before["prompts"]]
         each = [
@@ -80,7 +85,7 @@ def _of_prompts(row: Mapping[str, Any], prompts: Sequence[int]) -> list[str]:
 def parts_table(document: Mapping[str, Any]) -> str:
     """PSNR and flicker of the parts, alone and together, all with the first layer dense."""
     labels = {BEFORE: "none (the default before)", FIRST: "P + A + B + J"}
-    point = {"steps": STEPS, "dense_layers": 0.03}
+    point = {"steps": STEPS, "dense_layers": PUBLISHED_DENSE_LAYERS}
     rows = []
     for method in (BEFORE, *PARTS, FIRST):
         found = [_found(document, method=method, requested_density=density, **point) for density in (0.10, 0.25)]
@@ -91,12 +96,12 @@ def parts_table(document: Mapping[str, Any]) -> str:
 
 def schedules_table(document: Mapping[str, Any]) -> str:
     """Short schedules, other dense steps and layers, and densities that change, over the prompts that each has."""
+    usual: dict[str, Any] = {"dense_layers": dense_layers_of(FIRST), "requested_density": 0.10}
+    usual_before = {"dense_layers": dense_layers_of(BEFORE), "requested_density": 0.25}
     rows = []
     for label, point in SCHEDULES:
-        usual: dict[str, Any] = {"dense_layers": dense_layers_of(FIRST), "requested_density": 0.10}
         now = _found(document, method=FIRST, **{**usual, **point})
-        usual = {**point, "dense_layers": dense_layers_of(BEFORE), "requested_density": 0.25}
-        before = _found(document, method=BEFORE, **usual)
+        before = _found(document, method=BEFORE, **{**point, **usual_before})
         flicker = "not measured" if now is None else f"{now['flicker_mean']:.4f}"
         plain = "-" if {"requested_density", "dense_layers"} & point.keys() else _psnr(before)
         rows.append([label, _prompt(now, 0), _psnr(now), flicker, plain])

@@ -13,6 +13,12 @@ from typing import Any
 import diffusers
 import torch
 
+from tests.support import IDENTITY
+
+# Of "wan" below, and how many steps its videos have; dense_layers as published: one of the three layers.
+LAYERS, BRANCHES, STEPS = 3, 2, 4
+EXACT: dict[str, Any] = {**IDENTITY, "dense_layers": 0.03, "dense_steps": 1}
+
 
 @dataclass
 class SmallPipeline:

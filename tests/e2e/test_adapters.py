@@ -14,13 +14,10 @@ from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProces
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import svg2_compile
-from tests.e2e.pipelines import SmallPipeline, build
-from tests.support import IDENTITY, assert_close
+from tests.e2e.pipelines import BRANCHES, EXACT, LAYERS, STEPS, SmallPipeline, build
+from tests.support import assert_close
 
-# dense_layers as published: one of the three layers.
-EXACT = {**IDENTITY, "dense_layers": 0.03, "dense_steps": 1}
 BOTH = pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
-LAYERS, BRANCHES, STEPS = 3, 2, 4
 
 
 def _sparse(enabled: Any) -> list[Any]:

@@ -12,12 +12,8 @@ import pytest
 import torch
 
 import svg2_compile
-from tests.e2e.pipelines import build
-from tests.support import IDENTITY, SELECTION, assert_close
-
-# dense_layers as published: one of the three layers.
-EXACT = {**IDENTITY, "dense_layers": 0.03, "dense_steps": 1}
-LAYERS, BRANCHES, STEPS = 3, 2, 4
+from tests.e2e.pipelines import BRANCHES, EXACT, LAYERS, STEPS, build
+from tests.support import SELECTION, assert_close
 
 CACHES: dict[str, Callable[[Any], Any]] = {
     "first block": lambda pipe: diffusers.FirstBlockCacheConfig(threshold=1e-9),

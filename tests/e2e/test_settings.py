@@ -16,13 +16,11 @@ import pytest
 import torch
 
 import svg2_compile
-from tests.e2e.pipelines import SmallPipeline, build
-from tests.support import IDENTITY, SELECTION, assert_close
+from tests.e2e.pipelines import BRANCHES, EXACT, LAYERS, STEPS, SmallPipeline, build
+from tests.support import SELECTION, assert_close
 
 # dense_layers as published: one of the three layers.
-DEFAULT_LAYERS = {**SELECTION, "dense_layers": 0.03, "dense_steps": 1}
-EXACT = {**IDENTITY, "dense_layers": 0.03, "dense_steps": 1}
-LAYERS, BRANCHES, STEPS = 3, 2, 4
+ONE_DENSE_LAYER = {**SELECTION, "dense_layers": 0.03, "dense_steps": 1}
 
 
 def _counts(enabled: Any) -> dict[str, int]:
@@ -59,7 +57,7 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 def test_the_scheduler_is_exchanged(name, regional):
     """Before the first video and between two; each video begins dense, and none continues from another."""
     small = build("wan")
-    with svg2_compile.enable(small.pipe, regional=regional, **DEFAULT_LAYERS) as enabled:
+    with svg2_compile.enable(small.pipe, regional=regional, **ONE_DENSE_LAYER) as enabled:
         small.run()
         before = len(enabled.report().runs)
         small.pipe.scheduler = SCHEDULERS[name]()
@@ -76,7 +74,7 @@ def test_the_scheduler_is_exchanged(name, regional):
 
 def test_a_pipeline_for_every_request():
     small = build("wan")
-    with svg2_compile.enable(small.pipe, **DEFAULT_LAYERS) as enabled:
+    with svg2_compile.enable(small.pipe, **ONE_DENSE_LAYER) as enabled:
         expected = small.run()
         for _ in range(2):
             assert torch.equal(_own_pipeline(small).run(), expected)
@@ -87,7 +85,7 @@ def test_a_pipeline_for_every_request():
 def test_threads_with_a_pipeline_each(regional):
     """To the bit as alone."""
     small = build("wan")
-    with svg2_compile.enable(small.pipe, regional=regional, **DEFAULT_LAYERS) as enabled:
+    with svg2_compile.enable(small.pipe, regional=regional, **ONE_DENSE_LAYER) as enabled:
         expected = [small.run(seed=seed) for seed in range(3)]
         enabled.reset()
         results: dict[int, torch.Tensor] = {}
@@ -106,7 +104,7 @@ def test_threads_with_a_pipeline_each(regional):
 
 def test_a_fraction_of_layers_is_counted_once_for_both_branches():
     small = build("wan")
-    with svg2_compile.enable(small.pipe, regional=True, **{**DEFAULT_LAYERS, "dense_layers": 0.3}) as enabled:
+    with svg2_compile.enable(small.pipe, regional=True, **{**ONE_DENSE_LAYER, "dense_layers": 0.3}) as enabled:
         small.run()
         assert _counts(enabled) == _as_in_block_graphs()
         assert enabled.report().dense_layers == ["blocks.0"]

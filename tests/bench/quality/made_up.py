@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.quality.campaign import summary
-from bench.quality.results import dense_layers_of
-
-BEFORE, FIRST = "svg2+comp+ear", "svg2+first_order"
+from bench.quality.results import BEFORE, FIRST, dense_layers_of
 
 
 def made_up_campaign() -> dict[str, Any]:
