@@ -8,12 +8,13 @@ are as fast as they are under any backend. "aot_eager" would trace the graph onc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -144,8 +145,27 @@ def compile_inner(
         from torch._inductor.compile_fx import compile_fx
 
         patches = list_mode_options(mode) if mode else None
-        return cast(CompiledGraph, compile_fx(gm, list(example_inputs), config_patches=patches))
+        with _numbers_read():
+            return cast(CompiledGraph, compile_fx(gm, list(example_inputs), config_patches=patches))
     return cast(CompiledGraph, _lookup(backend_name)(gm, list(example_inputs)))
+
+
+@contextlib.contextmanager
+def _numbers_read() -> Iterator[None]:
+    """While inside, a graph may read a number from a tensor, as Dynamo let it (hosts/host_reads.py).
+
+    Backends are handed a fake mode of their own, which does not know that.
+    """
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    if mode is None:
+        yield
+        return
+    before, mode.allow_scalar_outputs = mode.allow_scalar_outputs, True
+    try:
+        yield
+    finally:
+        mode.allow_scalar_outputs = before
 
 
 def _device_of(example_inputs: Sequence[Any]) -> torch.device:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 
 import svg2_compile
+from svg2_compile.codegen.inner_backend import inductor_problem
 from svg2_compile.hosts.dynamo import enabled_dynamo_settings
 from tests.realcode.models import streams_inputs
 from tests.realcode.unpadded import PlacesModel, UnpaddedModel, places_inputs, unpadded_inputs, varlen
@@ -38,6 +40,22 @@ def test_any_number_of_rows_and_of_valid_tokens_is_exact(valid: tuple[int, ...])
         (site, _) = enabled.report().sites
         assert (site.decision, site.video_tokens, site.context_tokens) == ("sparse", 72, 6)
         assert len(densities(enabled)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(inductor_problem("cpu") is not None, reason="Inductor cannot work here")
+def test_inductor_reads_the_longest_at_a_second_size_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    """In one graph: it is handed the model whole, and does not refuse the read."""
+    torch.manual_seed(1)
+    module, reference = built(UnpaddedModel), built(UnpaddedModel)
+    settings = {**IDENTITY, "inner_backend": "inductor"}
+    # Without a cache: what was compiled once is not traced again, and cannot refuse.
+    with fresh_cache(), torch.no_grad(), svg2_compile.enable(module, **settings) as enabled:
+        for size in (SIZE, (2, 10, 12)):
+            args, kwargs = unpadded_inputs(*size)
+            for actual, expected in zip(module(*args, **kwargs), reference(*args, **kwargs), strict=True):
+                assert_close(actual, expected)
+        assert len(densities(enabled)) == 4 and "graph break" not in caplog.text
 
 
 def test_sparse_where_the_places_are_those_of_the_starts() -> None:
