@@ -37,6 +37,7 @@ STAGES = {
         "select_blocks_of_layer",
         "block_estimates",
         "cluster_variances",
+        "farthest_members",
     ),
     "permutation": ("cluster_order", "permute_tokens", "unpermute_tokens", "cluster_means"),
     "attention": ("block_sparse_attention", "first_order_attention", "first_order_terms"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.shape import Shape
 from svg2_compile.kernels import ops
+from svg2_compile.kernels.first_order import FAR_MEMBERS
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["Inputs", "Rewritten", "Settings", "make_inputs"]
@@ -129,8 +130,9 @@ class Rewritten:
         queries = (self.inputs.query, self.q_order, self.q_offsets, self.q_means)
         estimates = (self.log_mass, self.log_error, ops.cluster_variances(*queries))
         density = torch.full((), self.settings.density, device=self.q_means.device)
-        sizes = (self.q_sizes, self.k_offsets)
-        self.block_map = ops.select_blocks_of_layer(*estimates, self.k_means, *sizes, self.shape.scale, density)
+        sizes = (self.q_sizes, self.k_offsets, self.shape.scale, density)
+        far_members = ops.farthest_members(*queries, FAR_MEMBERS)
+        self.block_map = ops.select_blocks_of_layer(*estimates, self.k_means, *sizes, far_members)
 
     def select(self) -> None:
         if self.settings.first_order:

@@ -149,6 +149,8 @@ CLUSTER_VARIANCES: Contract = (
     tensor("centroids", FLOAT32, "[B, H, C, D]"),
 )
 
+FARTHEST_MEMBERS: Contract = (*CLUSTER_VARIANCES, at_least_one("count"))
+
 CLUSTERED_TOKENS: Contract = (
     *CENTROID_PAIR,
     tensor("key", FLOATING, "[B, Hkv, Nk, D]"),
@@ -169,6 +171,7 @@ SELECT_BLOCKS_OF_LAYER: Contract = (
     tensor("k_offsets", INT32, "[B, Hkv, Ck + 3]"),
     finite_scale,
     tensor("density", FLOAT32, "[]", meaning="a scalar tensor []"),
+    tensor("far_members", FLOAT32, "[B, Hq, Cq, S, D]"),
 )
 
 FIRST_ORDER_TERMS: Contract = (

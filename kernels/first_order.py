@@ -7,7 +7,9 @@ and mean value v_j (s: the scale, sums over the keys t of j):
     m_ij = sum_t exp(s q_i.k_t)                                  the exact mass of a block      block_estimates
     e_ij = | sum_t (exp(s q_i.k_t) - exp(s q_i.c_j)) (v_t - o_i) |^2   what its mean would miss      block_estimates
     u_ij = s^2 sum_d var_id (c_jd - cbar_id)^2                   how much its logit varies      cluster_variances
-    selected: the largest e_ij / (Z_i^2 n_j) exp(min(8, u_ij / 2)) of all heads           select_blocks_of_layer
+    P_mj                                     its share of a query m far from q_i                farthest_members
+    selected: the largest e_ij / (Z_i^2 n_j) (exp(min(8, u_ij / 2)) + sum_m (P_mj / P_ij)^2 / n_i) of all heads
+                                                                                          select_blocks_of_layer
     D_i = sum of skipped j, t: exp(s q_i.k_t) (v_t - v_j) / sum of skipped j: m_ij              first_order_terms
     G = s sum_j sum_t (k_t - c_j) (v_t - v_j)' / N               one matrix per head            first_order_terms
     a skipped j is one key of logit s (q - q_i).c_j + ln m_ij
@@ -25,12 +27,18 @@ from svg2_compile.kernels import contracts
 from svg2_compile.kernels.definition import define
 
 __all__ = [
+    "FAR_MEMBERS",
     "block_estimates",
     "cluster_variances",
+    "farthest_members",
     "first_order_attention",
     "first_order_terms",
     "select_blocks_of_layer",
 ]
+
+FAR_MEMBERS = 8
+"""Queries of a cluster that the selection looks at one by one. 4, 8 and 16 of them leave 0.85, 0.82 and 0.79 of the
+error at 10 % density (docs/quality.md); each costs what one query cluster more would."""
 
 
 @define(contracts.CLUSTER_VARIANCES)
@@ -41,6 +49,16 @@ def cluster_variances(x: Tensor, order: Tensor, offsets: Tensor, centroids: Tens
     centroids float32 [B, H, C, D]. 0 for an empty cluster.
     """
     return torch.empty_like(centroids, memory_format=torch.contiguous_format)
+
+
+@define(contracts.FARTHEST_MEMBERS)
+def farthest_members(x: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor, count: int) -> Tensor:
+    """How the ``count`` members of each cluster that are farthest from its centroid differ from it: x - centroid,
+    float32 [B, H, C, count, D], the farthest first, of two that are equally far the earlier in the order.
+
+    The arguments are those of ``cluster_variances``. 0 where a cluster has no so many members.
+    """
+    return centroids.new_empty((*centroids.shape[:3], count, centroids.shape[3]))
 
 
 @define(contracts.BLOCK_ESTIMATES)
@@ -78,18 +96,25 @@ def select_blocks_of_layer(
     k_offsets: Tensor,
     scale: float,
     density: Tensor,
+    far_members: Tensor | None = None,
 ) -> Tensor:
     """Which key blocks each query block attends to, under one budget for all heads of a batch item.
 
     log_mass and log_error as of ``block_estimates``, q_variances float32 [B, Hq, Cq, D] as of ``cluster_variances``,
     k_centroids float32 [B, Hkv, Ck, D], q_sizes int32 [B, Hq, Cq], k_offsets int32 [B, Hkv, Ck + 3]; density float32
-    [], on the device: it may change from call to call and is never read back. Blocks (head, i, j) are taken by
+    [], on the device: it may change from call to call and is never read back; far_members float32 [B, Hq, Cq, S, D] as
+    of ``farthest_members``. Blocks (head, i, j) are taken by
 
-        ln e_ij - 2 ln Z_i - ln n_j + min(8, u_ij / 2),   u_ij = s^2 sum_d var_id (c_jd - cbar_id)^2
+        ln e_ij - 2 ln Z_i - ln n_j + ln(exp(min(8, u_ij / 2)) + sum_m (P_mj / P_ij)^2 / n_i)
+        u_ij = s^2 sum_d var_id (c_jd - cbar_id)^2
+        P_mj = exp(s (q_m - q_i).c_j) m_ij / (sum over j of that, and the mass of the context)
 
-    where Z_i is the mass of the whole row, context included, and cbar_i the mean of c_j weighted by the masses m_ij:
-    u_ij is the variance of j's logit among the queries of i. The largest are kept until their pairs n_i n_j first reach
-    density * (all pairs of clusters); ties go to the lower head, row and column. A row may keep nothing.
+    where Z_i is the mass of the whole row, context included, P_ij = m_ij / Z_i, and cbar_i the mean of c_j weighted by
+    the masses m_ij: u_ij is the variance of j's logit among the queries of i. A mean over all queries of i of the
+    square of what they attend to j is what the factor in brackets stands for: measured for the few that are farthest
+    from q_i, by far most often those that attend sharply where the others do not, and expected for the others. Without
+    far_members it is the first term alone. The largest are kept until their pairs n_i n_j first reach density * (all
+    pairs of clusters); ties go to the lower head, row and column. A row may keep nothing.
 
     Returns block_map bool [B, Hq, Cq + 2, Ck + 2]: context and null blocks as in ``select_blocks``. No empty cluster is
     kept and none whose error is 0, unless density >= 1 keeps everything. A row with a NaN or infinite estimate keeps

@@ -25,6 +25,7 @@ from svg2_compile.kernels.dispatch import implementation_for, use_implementation
 from svg2_compile.kernels.first_order import (
     block_estimates,
     cluster_variances,
+    farthest_members,
     first_order_attention,
     first_order_terms,
     select_blocks_of_layer,
@@ -38,6 +39,7 @@ __all__ = [
     "cluster_means",
     "cluster_order",
     "cluster_variances",
+    "farthest_members",
     "first_order_attention",
     "first_order_terms",
     "implementation_for",

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from svg2_compile.kernels import ops as _ops  # noqa: F401  (registers the svg2:: operators)
+from svg2_compile.kernels.first_order import FAR_MEMBERS
 from svg2_compile.passes.error_guard import emit_density, emit_next_budget, emit_sampled_error
 from svg2_compile.passes.graph.builder import GraphBuilder
 
@@ -140,13 +141,18 @@ class BlockAttention:
         build, query = self.build, self.query
         queries = (self.tokens.query, self.tokens.q_order, self.tokens.q_offsets, query.centroids)
         variances = build.call(_svg2.cluster_variances.default, *queries, name="query_variances")
+        far_members = build.call(_svg2.farthest_members.default, *queries, FAR_MEMBERS, name="far_members")
         # A tensor, so that it may become an input that changes from step to step.
         self.budget = build.call(
             torch.ops.aten.new_full.default, query.centroids, [], self.policy.density, name="budget"
         )
         density = self.budget if self.policy.target_error is None else emit_density(build, self.budget)
-        arguments = (*self.estimates, variances, self.key.centroids, query.sizes, self.tokens.k_offsets)
-        return build.call(_svg2.select_blocks_of_layer.default, *arguments, self.scale, density, name="block_map")
+        clusters = (*self.estimates, variances, self.key.centroids, query.sizes, self.tokens.k_offsets)
+        return build.call(
+            _svg2.select_blocks_of_layer.default,
+            *(*clusters, self.scale, density, far_members),
+            name="block_map",
+        )
 
     def _attend(self) -> fx.Node:
         tokens, means = self.tokens, self.means[1:] or (None, None)

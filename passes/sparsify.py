@@ -20,9 +20,10 @@ With compensation="first_order" and one budget for all heads, the last two lines
 
     v_centroids = svg2.cluster_means(value, k_offsets)
     q_variances = svg2.cluster_variances(query, q_order, q_offsets, q_centroids)
+    far_members = svg2.farthest_members(query, q_order, q_offsets, q_centroids, 8)
     log_mass, log_error = svg2.block_estimates(key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale)
     block_map = svg2.select_blocks_of_layer(
-        log_mass, log_error, q_variances, k_centroids, q_sizes, k_offsets, scale, budget)
+        log_mass, log_error, q_variances, k_centroids, q_sizes, k_offsets, scale, budget, far_members)
     residual, slope = svg2.first_order_terms(
         key, value, k_offsets, q_centroids, k_centroids, v_centroids, log_mass, block_map, scale)
     out = svg2.first_order_attention(

@@ -28,6 +28,7 @@ from bench.quality.results import FIRST_ORDER_LAYERS, FIRST_ORDER_SIZES
 from bench.shape import default_shape
 from svg2_compile.kernels import ops
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
+from svg2_compile.kernels.first_order import FAR_MEMBERS
 from svg2_compile.minidit.model import VideoSize, load_model
 
 __all__ = ["FirstOrderAttention", "errors"]
@@ -52,15 +53,17 @@ class FirstOrderAttention(SparseAttention):
         self.means = (query.centroids, key.centroids, self.v_centroids)
         self.tokens = (self.key, self.value, key.offsets, *self.means)
         self.log_mass, self.log_error = ops.block_estimates(*self.tokens, attention.scale)
-        self.variances = ops.cluster_variances(attention.query, query.order, query.offsets, query.centroids)
+        queries = (attention.query, query.order, query.offsets, query.centroids)
+        self.variances = ops.cluster_variances(*queries)
+        self.far_members = ops.farthest_members(*queries, FAR_MEMBERS)
 
-    def select_of_layer(self, density: float, boost: bool = True) -> Tensor:
-        """One budget for all heads; without ``boost`` by the error at the centroids alone."""
+    def select_of_layer(self, density: float, variances: bool = True, members: bool = True) -> Tensor:
+        """One budget for all heads; without variances and members by the error at the centroids alone."""
         key = self.clustering.key
-        estimates = (self.log_mass, self.log_error, self.variances if boost else torch.zeros_like(self.variances))
-        sizes = (self.clustering.query.sizes, key.offsets)
-        budget = torch.tensor(density)
-        return ops.select_blocks_of_layer(*estimates, key.centroids, *sizes, self.attention.scale, budget)
+        estimates = (self.log_mass, self.log_error, self.variances if variances else torch.zeros_like(self.variances))
+        sizes = (self.clustering.query.sizes, key.offsets, self.attention.scale, torch.tensor(density))
+        far_members = self.far_members if members else None
+        return ops.select_blocks_of_layer(*estimates, key.centroids, *sizes, far_members)
 
     def attend_to_first_order(self, block_map: Tensor, left: Parts | None = None, terms: Any = None) -> Tensor:
         """The output [1, H, N, D] in token order; ``left``: with these parts only. terms: other (residual, slope)."""
@@ -140,15 +143,15 @@ def errors(attention: Attention, clustering: Clustering, densities: Sequence[flo
         actual = sparse.density(rows)
         layer = sparse.select_of_layer(actual)
         curves.setdefault("density", []).append(actual)
-        for name, out in _combinations(sparse, rows, layer, sparse.select_of_layer(actual, boost=False)):
+        for name, out in _combinations(sparse, rows, layer, actual):
             curves.setdefault(name, []).append(relative_error(out, attention.dense))
     return curves
 
 
 def _combinations(
-    sparse: FirstOrderAttention, rows: Tensor, layer: Tensor, unboosted: Tensor
+    sparse: FirstOrderAttention, rows: Tensor, layer: Tensor, density: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Outputs by the parts that made them, over a selection of rows and two of the layer."""
+    """Outputs by the parts that made them, over a selection of rows and one of the layer, at the density of both."""
     first_order = sparse.attend_to_first_order
     yield BEFORE, sparse.attend(rows, compensation=True)
     yield "global slope", first_order(rows, Parts(mass=False, residual=False, slope="head"))
@@ -160,7 +163,9 @@ def _combinations(
     yield "P + A + B + J", first_order(layer)
     yield "P + A + B + J by mass", sparse.attend_with_slope_by_mass(layer)
     yield "P + A + B + J0", sparse.attend_with_slope_per_cluster(layer)
-    yield "P without u + A + B + J", first_order(unboosted)
+    yield "P without members + A + B + J", first_order(sparse.select_of_layer(density, members=False))
+    yield "P without u + A + B + J", first_order(sparse.select_of_layer(density, variances=False))
+    yield "P without both + A + B + J", first_order(sparse.select_of_layer(density, variances=False, members=False))
 
 
 def errors_along_the_way(attention: Attention, clustering: Clustering) -> dict[str, list[float]]:

@@ -28,6 +28,25 @@ def cluster_variances(x: Tensor, order: Tensor, offsets: Tensor, centroids: Tens
     return variances.div_(sizes.clamp(min=1).unsqueeze(-1))
 
 
+def farthest_members(x: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor, count: int) -> Tensor:
+    """What the members farthest from their centroid differ by; see ``ops.farthest_members``."""
+    num_clusters, width = centroids.shape[2:]
+    farthest = x.new_zeros(*centroids.shape[:3], count, width, dtype=torch.float32)
+    sizes = offsets.diff(dim=-1)[..., :num_clusters]
+    for b in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            cluster = torch.repeat_interleave(torch.arange(num_clusters), sizes[b, h])
+            rows = x[b, h].index_select(0, order[b, h, : cluster.shape[0]]).to(torch.float32)
+            away = rows.sub_(centroids[b, h].index_select(0, cluster))
+            # By distance, and then by cluster without changing that.
+            ranked = away.square().sum(dim=1).argsort(descending=True, stable=True)
+            ranked = ranked[cluster[ranked].argsort(stable=True)]
+            rank = torch.arange(cluster.shape[0]) - offsets[b, h].index_select(0, cluster)
+            chosen = rank < count
+            farthest[b, h, cluster[chosen], rank[chosen]] = away[ranked[chosen]]
+    return farthest
+
+
 def select_blocks_of_layer(
     log_mass: Tensor,
     log_error: Tensor,
@@ -37,6 +56,7 @@ def select_blocks_of_layer(
     k_offsets: Tensor,
     scale: float,
     density: Tensor,
+    far_members: Tensor | None = None,
 ) -> Tensor:
     """The blocks of most error per pair over all heads of a batch item; see ``ops.select_blocks_of_layer``."""
     num_q_heads, num_k_clusters = q_sizes.shape[1], k_centroids.shape[2]
@@ -46,7 +66,10 @@ def select_blocks_of_layer(
     empty = k_sizes == 0
     cluster_mass = log_mass[..., :num_k_clusters]
     broken = ((log_error.isnan() | ~cluster_mass.isfinite()) & ~empty).any(dim=-1, keepdim=True)
-    priority = _log_boosts(cluster_mass, q_variances, per_query_head(k_centroids, num_q_heads), empty, scale)
+    keys = per_query_head(k_centroids, num_q_heads)
+    priority = _log_boosts(cluster_mass, q_variances, keys, empty, scale)
+    if far_members is not None:
+        priority = torch.logaddexp(priority, _log_boosts_of_members(log_mass, far_members, keys, q_sizes, empty, scale))
     priority.add_(log_error).sub_(k_sizes.to(torch.float32).log()).sub_(log_mass.logsumexp(-1, keepdim=True), alpha=2)
     pairs = q_sizes.unsqueeze(-1).to(torch.float64) * k_sizes
     pairs.masked_fill_(broken, 0.0)
@@ -71,6 +94,24 @@ def _log_boosts(cluster_mass: Tensor, q_variances: Tensor, keys: Tensor, empty: 
     boost = (q_variances @ keys.square().transpose(-1, -2)).sub_(weighted @ keys.transpose(-1, -2), alpha=2)
     boost.add_((weighted * mean_key).sum(dim=-1, keepdim=True)).mul_(0.5 * scale * scale)
     return boost.clamp_(min=0.0, max=MAX_LOG_BOOST)
+
+
+def _log_boosts_of_members(
+    log_mass: Tensor, far_members: Tensor, keys: Tensor, q_sizes: Tensor, empty: Tensor, scale: float
+) -> Tensor:
+    """ln(sum_m (P_mj / P_ij)^2 / n_i): [B, Hq, Cq, Ck]. Head by head: products of every member are S times as many."""
+    boosts = torch.full_like(log_mass[..., : keys.shape[2]], -math.inf)
+    keys = keys.masked_fill(empty.transpose(-1, -2), 0.0)
+    present = torch.arange(far_members.shape[3]) < q_sizes.unsqueeze(-1)
+    totals = log_mass.logsumexp(-1)
+    for b in range(boosts.shape[0]):
+        for h in range(boosts.shape[1]):
+            gain = (far_members[b, h] @ keys[b, h].transpose(0, 1)).mul_(scale)  # [Cq, S, Ck]
+            clusters = (gain + log_mass[b, h, :, None, : keys.shape[2]]).logsumexp(-1)
+            total = torch.logaddexp(clusters, log_mass[b, h, :, None, keys.shape[2]]) - totals[b, h, :, None]
+            gain.sub_(total.unsqueeze(-1)).mul_(2).masked_fill_(~present[b, h].unsqueeze(-1), -math.inf)
+            boosts[b, h] = gain.logsumexp(1)
+    return boosts.sub_(q_sizes.clamp(min=1).to(torch.float32).log().unsqueeze(-1))
 
 
 def _highest(priority: Tensor, pairs: Tensor, density: float) -> Tensor:

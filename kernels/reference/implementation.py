@@ -16,6 +16,11 @@ from svg2_compile.kernels.reference.cluster import (
     unpermute_tokens,
 )
 from svg2_compile.kernels.reference.first_order import first_order_attention, first_order_terms
-from svg2_compile.kernels.reference.pool import block_estimates, cluster_variances, select_blocks_of_layer
+from svg2_compile.kernels.reference.pool import (
+    block_estimates,
+    cluster_variances,
+    farthest_members,
+    select_blocks_of_layer,
+)
 from svg2_compile.kernels.reference.sampled_error import sampled_error
 from svg2_compile.kernels.reference.select import select_blocks, select_blocks_by_error

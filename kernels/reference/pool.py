@@ -30,6 +30,28 @@ def cluster_variances(
     return variances.to(torch.float32)
 
 
+def farthest_members(
+    x: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    centroids: Tensor,
+    count: int,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What the members farthest from their centroid differ by; see ``ops.farthest_members``."""
+    permuted = permute_tokens(x, order).to(compute_dtype)
+    farthest = centroids.new_zeros(*centroids.shape[:3], count, centroids.shape[3], dtype=compute_dtype)
+    for b in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            bounds = offsets[b, h].tolist()
+            for c in range(centroids.shape[2]):
+                away = permuted[b, h, bounds[c] : bounds[c + 1]] - centroids[b, h, c].to(compute_dtype)
+                first = away.square().sum(dim=1).argsort(descending=True, stable=True)[:count]
+                farthest[b, h, c, : first.shape[0]] = away[first]
+    return farthest.to(torch.float32)
+
+
 def block_estimates(
     key: Tensor,
     value: Tensor,
@@ -67,6 +89,7 @@ def select_blocks_of_layer(
     k_offsets: Tensor,
     scale: float,
     density: Tensor,
+    far_members: Tensor | None = None,
     *,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -79,6 +102,9 @@ def select_blocks_of_layer(
     unknown = log_error.isnan() | ~log_mass[..., :num_k_clusters].isfinite()
     broken = (unknown & ~empty).any(dim=-1, keepdim=True)
     boost = _log_boost(log_mass, q_variances, k_centroids, empty, scale, compute_dtype)
+    if far_members is not None:
+        members = _log_boost_of_members(log_mass, far_members, k_centroids, q_sizes, empty, scale, compute_dtype)
+        boost = torch.logaddexp(boost, members)
     total = log_mass.logsumexp(dim=-1, keepdim=True)
     priority = log_error - 2 * total - k_sizes.to(compute_dtype).log() + boost
     pairs = (q_sizes.unsqueeze(-1).double() * k_sizes).masked_fill(broken, 0)
@@ -107,3 +133,26 @@ def _log_boost(
     away = (keys.unsqueeze(2) - mean_key.unsqueeze(3)).square()  # [B, Hq, Cq, Ck, D]
     variance = scale * scale * (away @ q_variances.to(compute_dtype).unsqueeze(-1)).squeeze(-1)
     return (0.5 * variance).clamp(max=MAX_LOG_BOOST)
+
+
+def _log_boost_of_members(
+    log_mass: Tensor,
+    far_members: Tensor,
+    k_centroids: Tensor,
+    q_sizes: Tensor,
+    empty: Tensor,
+    scale: float,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """ln(sum_m (P_mj / P_ij)^2 / n_i) over the members that there are; the context's mass is what it is at q_i."""
+    repeats = empty.shape[1] // max(k_centroids.shape[1], 1)
+    keys = k_centroids.to(compute_dtype).repeat_interleave(repeats, dim=1)
+    keys = keys.masked_fill(empty[:, :, :1].transpose(-1, -2), 0.0)
+    gain = scale * (far_members.to(compute_dtype) @ keys.unsqueeze(2).transpose(-1, -2))  # [B, Hq, Cq, S, Ck]
+    masses = log_mass[..., : keys.shape[2]].unsqueeze(3) + gain
+    context = log_mass[..., keys.shape[2], None, None].expand(*masses.shape[:-1], 1)
+    total = torch.cat([masses, context], dim=-1).logsumexp(dim=-1, keepdim=True)
+    total = total - log_mass.logsumexp(dim=-1)[..., None, None]
+    present = torch.arange(far_members.shape[3], device=q_sizes.device) < q_sizes.unsqueeze(-1)
+    squares = (2 * (gain - total)).masked_fill(~present.unsqueeze(-1), -math.inf).logsumexp(dim=3)
+    return squares - q_sizes.clamp(min=1).to(compute_dtype).log().unsqueeze(-1)

@@ -7,6 +7,7 @@ from svg2_compile.kernels.triton.attention import block_density, block_sparse_at
 from svg2_compile.kernels.triton.error import block_estimates
 from svg2_compile.kernels.triton.kmeans import kmeans
 from svg2_compile.kernels.triton.means import cluster_means, cluster_variances
+from svg2_compile.kernels.triton.members import farthest_members
 from svg2_compile.kernels.triton.order import cluster_order
 from svg2_compile.kernels.triton.permute import permute_tokens, unpermute_tokens
 from svg2_compile.kernels.triton.pool import select_blocks_of_layer

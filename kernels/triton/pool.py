@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.triton.launch import device_of
+from svg2_compile.kernels.triton.members import squared_shares
 from svg2_compile.kernels.triton.primitives import sortable
 
 __all__ = ["select_blocks_of_layer"]
@@ -105,6 +106,7 @@ def select_blocks_of_layer(
     k_offsets: Tensor,
     scale: float,
     density: Tensor,
+    far_members: Tensor | None = None,
 ) -> Tensor:
     """The blocks of most error per pair over all heads of a batch item; see ``ops.select_blocks_of_layer``."""
     batch, q_heads, num_q_clusters, num_k_clusters = log_error.shape
@@ -117,10 +119,13 @@ def select_blocks_of_layer(
     empty = of_query_heads == 0
     unknown = log_error.isnan() | log_mass.narrow(-1, 0, num_k_clusters).isfinite().logical_not()
     broken = (unknown & (of_query_heads > 0)).any(dim=-1)
-    priority = log_error + _log_boosts(
-        log_mass, q_variances, k_centroids.repeat_interleave(sharing, dim=1), empty, scale
-    )
-    priority = priority - of_query_heads.log() - 2 * log_mass.logsumexp(dim=-1, keepdim=True)
+    total = log_mass.logsumexp(dim=-1, keepdim=True)
+    boost = _log_boosts(log_mass, q_variances, k_centroids.repeat_interleave(sharing, dim=1), empty, scale)
+    if far_members is not None:
+        squares = squared_shares(log_mass, far_members, k_centroids, k_sizes, q_sizes, scale)
+        squares = (squares / q_sizes.clamp(min=1).unsqueeze(-1)).log()
+        boost = torch.logaddexp(boost, squares - 2 * (log_mass.narrow(-1, 0, num_k_clusters) - total))
+    priority = log_error + boost - of_query_heads.log() - 2 * total
     priority = priority.masked_fill(broken.unsqueeze(-1) | empty, float("-inf")).contiguous()
     shares = q_sizes.masked_fill(broken, 0).double().sum(dim=-1) * of_query_heads.squeeze(2).double().sum(dim=-1)
     budget = shares.sum(dim=1) * density.double()

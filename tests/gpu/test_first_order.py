@@ -66,3 +66,14 @@ def test_variances(device: torch.device) -> None:
     args = (case.problem.query, order, case.problem.q_offsets, case.q_centroids)
     actual = poisoned(device, ops.cluster_variances, *moved(args, device))
     torch.testing.assert_close(actual.cpu(), case.q_variances, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_farthest_members(count: int, dtype: torch.dtype, device: torch.device) -> None:
+    case = FirstOrder.of(make_problem(**SIZES, dtype=dtype))
+    tokens = case.problem.query.shape[2]
+    order = torch.arange(tokens, dtype=torch.int32).expand(1, 2, tokens).contiguous()
+    args = (case.problem.query, order, case.problem.q_offsets, case.q_centroids, count)
+    actual = poisoned(device, ops.farthest_members, *moved(args, device))
+    torch.testing.assert_close(actual.cpu(), reference.farthest_members(*args, compute_dtype=F64))

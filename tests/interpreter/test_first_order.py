@@ -112,12 +112,33 @@ def test_variances() -> None:
     torch.testing.assert_close(actual, case.q_variances, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_farthest_members(count: int, dtype: torch.dtype) -> None:
+    problem = make_problem(num_queries=300, dtype=dtype)
+    case = FirstOrder.of(problem)
+    order = torch.arange(299, -1, -1, dtype=torch.int32).expand(1, 2, 300)
+    args = (problem.query.flip(2), order, problem.q_offsets, case.q_centroids, count)
+    expected = reference.farthest_members(*args, compute_dtype=F64)
+    torch.testing.assert_close(implementation.farthest_members(*args), expected)
+    assert bool(expected.any())
+
+
+def test_of_equally_far_members_the_first_and_none_beyond_the_last() -> None:
+    x, order = torch.tensor([1.0, -1.0, 2.0, 1.0])[:, None].expand(1, 1, 4, 2), torch.arange(4, dtype=torch.int32)
+    offsets = torch.tensor([0, 4, 4, 4, 4], dtype=torch.int32).expand(1, 1, 5)
+    args = (x, order.expand(1, 1, 4), offsets, torch.zeros(1, 1, 2, 2), 5)
+    kept = implementation.farthest_members(*args)
+    assert kept[0, 0, :, :, 0].tolist() == [[2.0, 1.0, -1.0, 1.0, 0.0], [0.0] * 5]
+
+
 # ------------------------------------------------------------------------------------------------------- pooled budgets
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("shape", [{"batch": 2, "q_heads": 4, "kv_heads": 2}, {"num_k_clusters": 1}, {"num_keys": 900}])
-def test_the_pool_is_the_oracles(density: float, shape: dict[str, Any]) -> None:
+@pytest.mark.parametrize("members", [True, False])
+def test_the_pool_is_the_oracles(density: float, shape: dict[str, Any], members: bool) -> None:
     case = FirstOrder.of(make_problem(**shape))
-    args = case.select_args(density)
+    args = case.select_args(density, members)
     actual = implementation.select_blocks_of_layer(*args)
     expected = reference.select_blocks_of_layer(*args, compute_dtype=F64)
     # Rounding may let blocks of nearly the same priority change places, at the edge of the budget.
@@ -130,7 +151,7 @@ def test_ties_go_to_the_first_in_order() -> None:
     case.problem.k_offsets[:] = torch.arange(0, 110, 10, dtype=torch.int32).clamp(max=80)
     for error in (1.0, -math.inf):
         estimates = (torch.zeros_like(case.log_mass), torch.full_like(case.log_error, error))
-        args = (*estimates, torch.zeros_like(case.q_variances), *case.select_args(0.3)[3:])
+        args = (*estimates, torch.zeros_like(case.q_variances), *case.select_args(0.3, members=False)[3:])
         actual = implementation.select_blocks_of_layer(*args)
         assert torch.equal(actual, reference.select_blocks_of_layer(*args))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels import ops
+from svg2_compile.kernels.first_order import FAR_MEMBERS
 from svg2_compile.kernels.reference import implementation as reference
 
 # What one rounding of the result costs, relative to its size, in each dtype.
@@ -121,6 +122,7 @@ class FirstOrder:
     problem: Problem
     q_centroids: Tensor
     q_variances: Tensor
+    far_members: Tensor
     log_mass: Tensor
     log_error: Tensor
     residual: Tensor
@@ -131,13 +133,16 @@ class FirstOrder:
         q_centroids = reference.cluster_means(problem.query, problem.q_offsets, compute_dtype=torch.float64)
         squares = reference.cluster_means(problem.query.double().square(), problem.q_offsets)
         q_variances = (squares - q_centroids.square()).clamp(min=0)
+        order = torch.arange(problem.query.shape[2], dtype=torch.int32).expand(problem.query.shape[:3])
+        queries = (problem.query, order, problem.q_offsets, q_centroids)
+        far_members = reference.farthest_members(*queries, 3, compute_dtype=torch.float64)
         means = (q_centroids, problem.k_centroids, problem.v_centroids)
         tokens = (problem.key, problem.value, problem.k_offsets)
         estimates = reference.block_estimates(*tokens, *means, problem.scale, compute_dtype=torch.float64)
         terms = reference.first_order_terms(
             *tokens, *means, estimates[0], problem.block_map, problem.scale, compute_dtype=torch.float64
         )
-        return cls(problem, q_centroids, q_variances, *estimates, *terms)
+        return cls(problem, q_centroids, q_variances, far_members, *estimates, *terms)
 
     @property
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,11 +153,12 @@ class FirstOrder:
         problem = self.problem
         return problem.key, problem.value, problem.k_offsets, *self.means, problem.scale
 
-    def select_args(self, density: float) -> tuple[Any, ...]:
+    def select_args(self, density: float, members: bool = True) -> tuple[Any, ...]:
         problem, count = self.problem, self.q_centroids.shape[2]
         q_sizes = problem.q_offsets.diff(dim=-1)[..., :count].contiguous()
         estimates = (self.log_mass, self.log_error, self.q_variances)
-        return *estimates, problem.k_centroids, q_sizes, problem.k_offsets, problem.scale, torch.tensor(density)
+        arguments = (*estimates, problem.k_centroids, q_sizes, problem.k_offsets, problem.scale, torch.tensor(density))
+        return (*arguments, self.far_members) if members else arguments
 
     @property
     def term_args(self) -> tuple[Any, ...]:
@@ -187,8 +193,13 @@ def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
         "block_sparse_attention": [problem.args(), problem.args(True), (*problem.args(), order, order[:, :2], 64)],
         "select_blocks_by_error": [(*tokens, *means, *limits), (*tokens, *means, *limits, 0.3)],
         "cluster_variances": [(x, order, offsets, q_centroids), (x.bfloat16(), order, offsets, q_centroids)],
+        "farthest_members": [(x, order, offsets, q_centroids, 3), (x.bfloat16(), order, offsets, q_centroids, 1)],
         "block_estimates": [first_order.estimate_args],
-        "select_blocks_of_layer": [first_order.select_args(0.3), first_order.select_args(1.0)],
+        "select_blocks_of_layer": [
+            first_order.select_args(0.3),
+            first_order.select_args(0.3, members=False),
+            first_order.select_args(1.0),
+        ],
         "first_order_terms": [first_order.term_args],
         "first_order_attention": [
             first_order.attention_args,
@@ -260,7 +271,9 @@ def attention_pipeline(
         log_mass, log_error = ops.block_estimates(k, v, k_offsets, *q_means, scale)
         budget = torch.full((), 1.0 if density is None else density, device=query.device)
         estimates = (log_mass, log_error, q_variances)
-        block_map = ops.select_blocks_of_layer(*estimates, k_centroids, q_sizes, k_offsets, scale, budget)
+        far_members = ops.farthest_members(query, q_order, q_offsets, q_centroids, FAR_MEMBERS)
+        sizes = (q_sizes, k_offsets)
+        block_map = ops.select_blocks_of_layer(*estimates, k_centroids, *sizes, scale, budget, far_members)
         terms = ops.first_order_terms(k, v, k_offsets, *q_means, log_mass, block_map, scale)
         tokens = (query, k, v, *blocks, block_map, scale)
         return ops.first_order_attention(*tokens, *q_means, log_mass, *terms, q_order)[0], block_map

@@ -33,10 +33,11 @@ SCHEMAS = {
     "select_blocks_by_error": "(Tensor key, Tensor value, Tensor k_offsets, Tensor q_centroids, Tensor k_centroids,"
     " Tensor v_centroids, Tensor q_sizes, float scale, float top_p, float min_k_ratio, float? density=None) -> Tensor",
     "cluster_variances": "(Tensor x, Tensor order, Tensor offsets, Tensor centroids) -> Tensor",
+    "farthest_members": "(Tensor x, Tensor order, Tensor offsets, Tensor centroids, SymInt count) -> Tensor",
     "block_estimates": "(Tensor key, Tensor value, Tensor k_offsets, Tensor q_centroids, Tensor k_centroids,"
     " Tensor v_centroids, float scale) -> (Tensor, Tensor)",
     "select_blocks_of_layer": "(Tensor log_mass, Tensor log_error, Tensor q_variances, Tensor k_centroids,"
-    " Tensor q_sizes, Tensor k_offsets, float scale, Tensor density) -> Tensor",
+    " Tensor q_sizes, Tensor k_offsets, float scale, Tensor density, Tensor? far_members=None) -> Tensor",
     "first_order_terms": "(Tensor key, Tensor value, Tensor k_offsets, Tensor q_centroids, Tensor k_centroids,"
     " Tensor v_centroids, Tensor log_mass, Tensor block_map, float scale) -> (Tensor, Tensor)",
     "first_order_attention": "(Tensor query, Tensor key, Tensor value, Tensor q_offsets, Tensor k_offsets,"

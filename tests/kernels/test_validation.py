@@ -195,11 +195,12 @@ def _first_order(
 ) -> tuple[Tensor, Tensor]:
     """First-order attention of tokens to themselves, with all the ops that belong to it."""
     variances = ops.cluster_variances(x, order, offsets, centroids)
+    far_members = ops.farthest_members(x, order, offsets, centroids, 3)
     clustered = (x, x, offsets, centroids, centroids, v_means)
     log_mass, log_error = ops.block_estimates(*clustered, 0.5)
     density = torch.tensor(0.3)
     estimates = (log_mass, log_error, variances)
-    block_map = ops.select_blocks_of_layer(*estimates, centroids, sizes, offsets, 0.5, density)
+    block_map = ops.select_blocks_of_layer(*estimates, centroids, sizes, offsets, 0.5, density, far_members)
     terms = ops.first_order_terms(*clustered, log_mass, block_map, 0.5)
     blocks = (offsets, offsets, block_map, 0.5)
     result: tuple[Tensor, Tensor] = ops.first_order_attention(x, x, x, *blocks, *clustered[3:], log_mass, *terms)

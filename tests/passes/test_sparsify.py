@@ -43,6 +43,7 @@ FIRST_ORDER = {"compensation": "first_order", "routing": "error", "budget": "lay
 FIRST_ORDER_COUNTS = {
     "cluster_means": 1,
     "cluster_variances": 1,
+    "farthest_members": 1,
     "block_estimates": 1,
     "select_blocks": 0,
     "select_blocks_of_layer": 1,
@@ -56,9 +57,10 @@ estimates = block_estimates(key_permuted, value_permuted, key_offsets, query_cen
 log_mass = getitem(estimates)
 log_error = getitem(estimates)
 query_variances = cluster_variances(getitem, query_order, query_offsets, query_centroids)
+far_members = farthest_members(getitem, query_order, query_offsets, query_centroids)
 budget = new_full(query_centroids)
 block_map = select_blocks_of_layer(
-    log_mass, log_error, query_variances, key_centroids, query_sizes, key_offsets, budget)
+    log_mass, log_error, query_variances, key_centroids, query_sizes, key_offsets, budget, far_members)
 terms = first_order_terms(
     key_permuted, value_permuted, key_offsets, query_centroids, key_centroids, value_centroids, log_mass, block_map)
 residual = getitem(terms)

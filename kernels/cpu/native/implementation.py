@@ -11,6 +11,7 @@ from svg2_compile.kernels.cpu.native.tokens import (
     cluster_means,
     cluster_order,
     cluster_variances,
+    farthest_members,
     permute_tokens,
     unpermute_tokens,
 )

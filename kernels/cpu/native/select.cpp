@@ -21,10 +21,11 @@ struct SelectCall {
     const float* k_centroids;  // [B, Hkv, Ck, D]
     const int32_t* q_sizes;  // [B, Hq, Cq]
     const int32_t* k_offsets;  // [B, Hkv, Ck + 3]
+    const float* far_members;  // [B, Hq, Cq, members, D] or null
     uint8_t* block_map;  // [B, Hq, Cq + 2, Ck + 2]
     float* priority;  // [B, Hq, Cq, Ck]: workspace
     double scale, density;
-    int64_t batch, q_heads, kv_heads, dim, q_clusters, k_clusters, threads;
+    int64_t batch, q_heads, kv_heads, dim, q_clusters, k_clusters, members, threads;
 
     int64_t rows() const { return q_heads * q_clusters; }  // of a batch item
     int64_t kv_row(int64_t b, int64_t row) const {
@@ -38,61 +39,192 @@ struct SelectCall {
 
 constexpr float MAX_LOG_BOOST = 8.0f;
 constexpr int64_t BINS = 1 << 16;
+constexpr int64_t ROWS_PER_ITEM = 8;  // of one head, for which its keys are turned around once
+constexpr int64_t MEMBERS_AT_ONCE = 4;
 constexpr float NOTHING = -__builtin_inff();  // priority of what is not to be selected
 
-// sum_d variance_d (key_d - mean_d)^2
-float logit_variance(const float* variance, const float* key, const float* mean, int64_t dim) {
-    Vec lanes{};
-    int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES) {
-        const Vec away = load(key + d) - load(mean + d);
-        lanes += load(variance + d) * away * away;
-    }
+int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+float sum_of(Vec lanes) {
     float sum = 0.0f;
     for (int lane = 0; lane < LANES; ++lane) sum += lanes[lane];
-    for (; d < dim; ++d) sum += variance[d] * (key[d] - mean[d]) * (key[d] - mean[d]);
     return sum;
 }
 
+// e^x of a vector; x <= 88.
+Vec exp_of(Vec x) {
+    x = x * broadcast(LOG2_E);
+    exp2<1>(&x);
+    return x;
+}
+
+// What one thread needs. Clusters lie side by side, padded to whole vectors; of an empty or padding one the key is 0 and the mass
+// -inf.
+struct Ratings {
+    int64_t width;
+    float *keys;  // [D, width]
+    float *mass, *boost, *squares, *logits;  // [width], the last [MEMBERS_AT_ONCE, width]
+
+    static int64_t floats(const SelectCall& call) {
+        return (call.dim + 3 + MEMBERS_AT_ONCE) * padded(call.k_clusters);
+    }
+    Ratings(const SelectCall& call, float* memory) : width(padded(call.k_clusters)), keys(memory) {
+        mass = keys + call.dim * width;
+        boost = mass + width;
+        squares = boost + width;
+        logits = squares + width;
+    }
+};
+
+void turn_keys(const SelectCall& call, int64_t b, int64_t row, Ratings& work) {
+    const float* keys = call.k_centroids + call.kv_row(b, row) * call.k_clusters * call.dim;
+    const int32_t* bounds = call.bounds(b, row);
+    for (int64_t d = 0; d < call.dim; ++d) {
+        for (int64_t j = 0; j < work.width; ++j) {
+            const bool filled = j < call.k_clusters && bounds[j + 1] > bounds[j];
+            work.keys[d * work.width + j] = filled ? keys[j * call.dim + d] : 0.0f;
+        }
+    }
+}
+
+// ln of the sum of e^mass over clusters, and of e^context.
+float log_total(const Ratings& work, float context) {
+    Vec most = broadcast(context), sum{};
+    for (int64_t j = 0; j < work.width; j += LANES) most = larger(load(work.mass + j), most);
+    float largest = context;
+    for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, (float)most[lane]);
+    for (int64_t j = 0; j < work.width; j += LANES) sum += exp_of(load(work.mass + j) - largest);
+    return largest + std::log(sum_of(sum) + std::exp(context - largest));
+}
+
+// boost = min(8, s^2 / 2 sum_d variance_d (key_d - mean_d)^2), the mean weighted by the masses.
+void boost_by_variance(const SelectCall& call, int64_t q_row, Ratings& work) {
+    const float* variance = call.q_variances + q_row * call.dim;
+    const float of_clusters = log_total(work, NOTHING), half = (float)(0.5 * call.scale * call.scale);
+    std::memset(work.boost, 0, work.width * sizeof(float));
+    for (int64_t j = 0; j < work.width; j += LANES) store(work.squares + j, exp_of(load(work.mass + j) - of_clusters));
+    for (int64_t d = 0; d < call.dim; ++d) {
+        const float* keys = work.keys + d * work.width;
+        Vec weighted{};
+        for (int64_t j = 0; j < work.width; j += LANES) weighted += load(keys + j) * load(work.squares + j);
+        const float mean = sum_of(weighted);
+        for (int64_t j = 0; j < work.width; j += LANES) {
+            const Vec away = load(keys + j) - mean;
+            store(work.boost + j, load(work.boost + j) + variance[d] * away * away);
+        }
+    }
+    for (int64_t j = 0; j < work.width; j += LANES) {
+        const Vec boost = load(work.boost + j) * half;
+        store(work.boost + j, -larger(-boost, broadcast(-MAX_LOG_BOOST)));
+    }
+}
+
+// logits [members, width] = s (q_m - q_i).c_j, of COUNT members from the first on and VECTORS vectors of clusters at a time.
+template <int COUNT, int VECTORS>
+void logits_of_members(const SelectCall& call, const float* far_members, int64_t j, Ratings& work, float* logits) {
+    Vec sum[COUNT][VECTORS] = {};
+    for (int64_t d = 0; d < call.dim; ++d) {
+        const float* keys = work.keys + d * work.width + j;
+        SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) {
+            const Vec key = load(keys + v * LANES);
+            SVG2_UNROLL for (int m = 0; m < COUNT; ++m) sum[m][v] += far_members[m * call.dim + d] * key;
+        }
+    }
+    SVG2_UNROLL for (int m = 0; m < COUNT; ++m) {
+        SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) {
+            store(logits + m * work.width + j + v * LANES, sum[m][v] * (float)call.scale);
+        }
+    }
+}
+
+template <int COUNT>
+void logits_of_members(const SelectCall& call, const float* far_members, Ratings& work, float* logits) {
+    int64_t j = 0;
+    for (; j + 2 * LANES <= work.width; j += 2 * LANES) logits_of_members<COUNT, 2>(call, far_members, j, work, logits);
+    for (; j < work.width; j += LANES) logits_of_members<COUNT, 1>(call, far_members, j, work, logits);
+}
+
+// Adds P_mj^2 to squares [width]; logits [width] of the member become e^(mass + logit), up to a factor.
+void add_squared_shares(float* logits, float context, Ratings& work) {
+    Vec most = broadcast(context), sum{};
+    for (int64_t j = 0; j < work.width; j += LANES) {
+        const Vec logit = load(logits + j) + load(work.mass + j);
+        store(logits + j, logit);
+        most = larger(logit, most);
+    }
+    float largest = context;
+    for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, (float)most[lane]);
+    for (int64_t j = 0; j < work.width; j += LANES) {
+        const Vec weight = exp_of(load(logits + j) - largest);
+        store(logits + j, weight);
+        sum += weight;
+    }
+    const float share = 1.0f / (sum_of(sum) + std::exp(context - largest));
+    for (int64_t j = 0; j < work.width; j += LANES) {
+        const Vec weight = load(logits + j) * share;
+        store(work.squares + j, load(work.squares + j) + weight * weight);
+    }
+}
+
+// boost = ln(e^boost + sum_m (P_mj / P_ij)^2 / size). Squares of shares below 10^-38 are lost: nobody attends there.
+void boost_by_members(const SelectCall& call, int64_t q_row, float context, float log_row, Ratings& work) {
+    const float* far_members = call.far_members + q_row * call.members * call.dim;
+    const int64_t members = std::min<int64_t>(call.members, call.q_sizes[q_row]);
+    std::memset(work.squares, 0, work.width * sizeof(float));
+    for (int64_t m = 0; m < members; m += MEMBERS_AT_ONCE) {
+        const int64_t now = std::min(MEMBERS_AT_ONCE, members - m);
+        if (now == MEMBERS_AT_ONCE) {
+            logits_of_members<MEMBERS_AT_ONCE>(call, far_members + m * call.dim, work, work.logits);
+        } else {
+            for (int64_t i = 0; i < now; ++i) {
+                logits_of_members<1>(call, far_members + (m + i) * call.dim, work, work.logits + i * work.width);
+            }
+        }
+        for (int64_t i = 0; i < now; ++i) add_squared_shares(work.logits + i * work.width, context, work);
+    }
+    const float share = 1.0f / (float)call.q_sizes[q_row];
+    for (int64_t j = 0; j < work.width; j += LANES) {
+        const Vec boost = load(work.boost + j);
+        const Vec squares = log(load(work.squares + j) * share) - 2.0f * (load(work.mass + j) - log_row);
+        const Vec most = larger(squares, boost);  // boost where a cluster is empty, of which the squares are NaN
+        store(work.boost + j, most + log(exp_of(squares - most) + exp_of(boost - most)));
+    }
+}
+
 // Priorities of a row, and its context and null columns. A row with an estimate that is not finite keeps all that has keys,
-// outside the budget: its priorities say so by NaN. mean: dim floats.
-void rate_row(const SelectCall& call, int64_t b, int64_t row, float* mean) {
+// outside the budget: its priorities say so by NaN.
+void rate_row(const SelectCall& call, int64_t b, int64_t row, Ratings& work) {
     const int64_t q_row = b * call.rows() + row, count = call.k_clusters;
     const float *mass = call.log_mass + q_row * (count + 2), *error = call.log_error + q_row * count;
-    const float* variance = call.q_variances + q_row * call.dim;
-    const float* keys = call.k_centroids + call.kv_row(b, row) * count * call.dim;
     const int32_t* bounds = call.bounds(b, row);
     float* priority = call.priority + q_row * count;
-    float largest = mass[count], of_clusters = NOTHING;
     bool broken = false;
-    for (int64_t j = 0; j < count; ++j) {
-        if (bounds[j + 1] == bounds[j]) continue;
-        broken |= std::isnan(error[j]) || !std::isfinite(mass[j]);
-        of_clusters = std::max(of_clusters, mass[j]);
+    for (int64_t j = 0; j < work.width; ++j) {
+        const bool filled = j < count && bounds[j + 1] > bounds[j];
+        work.mass[j] = filled ? mass[j] : NOTHING;
+        broken |= filled && (std::isnan(error[j]) || !std::isfinite(mass[j]));
     }
-    largest = std::max(largest, of_clusters);
     if (broken || call.q_sizes[q_row] == 0) {
         std::fill(priority, priority + count, broken ? __builtin_nanf("") : NOTHING);
         return;
     }
-    float total = std::exp(mass[count] - largest), clusters = 0.0f;
-    std::memset(mean, 0, call.dim * sizeof(float));
-    for (int64_t j = 0; j < count; ++j) {
-        if (bounds[j + 1] == bounds[j]) continue;
-        const float weight = std::exp(mass[j] - of_clusters);
-        clusters += weight;
-        for (int64_t d = 0; d < call.dim; ++d) mean[d] += weight * keys[j * call.dim + d];
-    }
-    total += clusters * std::exp(of_clusters - largest);
-    for (int64_t d = 0; d < call.dim; ++d) mean[d] /= clusters;
-    const float log_total = std::log(total) + largest, half = (float)(0.5 * call.scale * call.scale);
+    const float log_row = log_total(work, mass[count]);
+    boost_by_variance(call, q_row, work);
+    if (call.far_members) boost_by_members(call, q_row, mass[count], log_row, work);
     for (int64_t j = 0; j < count; ++j) {
         const int64_t size = bounds[j + 1] - bounds[j];
         priority[j] = NOTHING;
-        if (size == 0) continue;
-        const float boost = half * logit_variance(variance, keys + j * call.dim, mean, call.dim);
-        priority[j] = error[j] - 2.0f * log_total - std::log((float)size) + std::min(MAX_LOG_BOOST, boost);
+        if (size > 0) priority[j] = error[j] - 2.0f * log_row - std::log((float)size) + work.boost[j];
     }
+}
+
+// Rows of one head, from `first` on.
+void rate_rows(const SelectCall& call, int64_t head, int64_t first, float* memory) {
+    Ratings work(call, memory);
+    const int64_t b = head / call.q_heads, row = head % call.q_heads * call.q_clusters;
+    const int64_t last = std::min(first + ROWS_PER_ITEM, call.q_clusters);
+    turn_keys(call, b, row, work);
+    for (int64_t i = first; i < last; ++i) rate_row(call, b, row + i, work);
 }
 
 // The bin of a priority: the upper half of the bits of a float is in the float's order, once those of negative ones are turned
@@ -167,10 +299,13 @@ SVG2_EXPORT int64_t svg2_select_call_bytes() { return sizeof(svg2::SelectCall); 
 // 0, or 1 where there is not enough memory.
 SVG2_EXPORT int64_t svg2_select(const svg2::SelectCall* call) {
     try {
-        const svg2::Workspace workspace(call->threads, call->dim);
+        const svg2::Workspace workspace(call->threads, svg2::Ratings::floats(*call));
         if (workspace.missing()) return 1;
-        svg2::for_each_item(call->batch * call->rows(), call->threads, [&](int64_t item, int64_t thread) {
-            svg2::rate_row(*call, item / call->rows(), item % call->rows(), workspace.of_thread(thread));
+        const int64_t per_head = (call->q_clusters + svg2::ROWS_PER_ITEM - 1) / svg2::ROWS_PER_ITEM;
+        const int64_t items = call->batch * call->q_heads * per_head;
+        svg2::for_each_item(items, call->threads, [&](int64_t item, int64_t thread) {
+            const int64_t first = item % per_head * svg2::ROWS_PER_ITEM;
+            svg2::rate_rows(*call, item / per_head, first, workspace.of_thread(thread));
         });
         for (int64_t b = 0; b < call->batch; ++b) svg2::spend(*call, b);
     } catch (const std::bad_alloc&) {

@@ -20,10 +20,11 @@ _POINTERS = (
     "k_centroids",
     "q_sizes",
     "k_offsets",
+    "far_members",
     "block_map",
     "priority",
 )
-_SIZES = ("batch", "q_heads", "kv_heads", "dim", "q_clusters", "k_clusters", "threads")
+_SIZES = ("batch", "q_heads", "kv_heads", "dim", "q_clusters", "k_clusters", "members", "threads")
 
 
 class SelectCall(ctypes.Structure):
@@ -46,6 +47,7 @@ def select_blocks_of_layer(
     k_offsets: Tensor,
     scale: float,
     density: Tensor,
+    far_members: Tensor | None = None,
 ) -> Tensor:
     """The blocks of most error per pair over all heads of a batch item; see ``ops.select_blocks_of_layer``."""
     if float(density) >= 1:
@@ -57,10 +59,12 @@ def select_blocks_of_layer(
     block_map[..., -2, :] = True
     block_map[..., -2] = True
     block_map[..., -1] = False
-    given = (log_mass, log_error, q_variances, k_centroids, q_sizes, k_offsets, block_map)
-    kept_alive = [x.contiguous() for x in (*given, torch.empty_like(log_error))]
-    threads = threads_for(log_error.numel() * (dim / VECTOR + 20))
-    sizes = zip(_SIZES, (batch, q_heads, kv_heads, dim, q_clusters, k_clusters, threads), strict=True)
+    given = (log_mass, log_error, q_variances, k_centroids, q_sizes, k_offsets, far_members, block_map)
+    workspace = torch.empty_like(log_error, memory_format=torch.contiguous_format)
+    kept_alive = [None if x is None else x.contiguous() for x in (*given, workspace)]
+    members = 0 if far_members is None else far_members.shape[3]
+    threads = threads_for(log_error.numel() * (1 + members) * (dim / VECTOR + 20))
+    sizes = zip(_SIZES, (batch, q_heads, kv_heads, dim, q_clusters, k_clusters, members, threads), strict=True)
     call = SelectCall(*map(pointer, kept_alive), scale, float(density), **dict(sizes))
     if log_error.numel() > 0:
         call_native("select", call)

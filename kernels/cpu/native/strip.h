@@ -9,7 +9,6 @@
 namespace svg2 {
 
 constexpr int KEYS_PER_BLOCK = 64;  // a multiple of ROWS; scores and rows of a block stay in the first-level cache
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr double LN_2 = 0.6931471805599453;
 
 // A block of keys with their values: rows of float32, where they are or converted. After the last key come rows of zeros with

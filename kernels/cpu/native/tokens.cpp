@@ -1,4 +1,5 @@
-// Ops that move or sum tokens: svg2::cluster_order, permute_tokens and unpermute_tokens, cluster_means and cluster_variances.
+// Ops that move or sum tokens: svg2::cluster_order, permute_tokens and unpermute_tokens, cluster_means,
+// cluster_variances and farthest_members.
 
 #include <new>
 
@@ -16,8 +17,8 @@ struct TokensCall {
     const int32_t* labels;  // [B, H, video tokens]
     const uint8_t* valid;  // [B, 1 or H, N] or null
     const float* centroids;  // [B, H, C, D] or null: sums of squares of differences to them instead of sums
-    float* means;  // [B, H, C, D]
-    int64_t batch, heads, num_tokens, dim, clusters, start, video_tokens, valid_heads, inverse, threads;
+    float* means;  // [B, H, C, D], or [B, H, C, count, D] of the farthest members
+    int64_t batch, heads, num_tokens, dim, clusters, start, video_tokens, valid_heads, inverse, count, threads;
 };
 
 constexpr int64_t ROWS_PER_ITEM = 1024;
@@ -62,6 +63,19 @@ void permute_rows(const TokensCall& call, int64_t head, int64_t first) {
     }
 }
 
+float squared_distance(const float* x, const float* y, int64_t dim) {
+    Vec lanes{};
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) {
+        const Vec away = load(x + d) - load(y + d);
+        lanes += away * away;
+    }
+    float sum = 0.0f;
+    for (int lane = 0; lane < LANES; ++lane) sum += lanes[lane];
+    for (; d < dim; ++d) sum += (x[d] - y[d]) * (x[d] - y[d]);
+    return sum;
+}
+
 // Of one cluster the mean of its rows, or of the squares of their differences to its centroid. row: dim floats.
 void mean_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, float* row) {
     const int64_t b = head / call.heads, h = head % call.heads;
@@ -87,7 +101,60 @@ void mean_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, floa
     for (int64_t d = 0; d < call.dim && size > 0; ++d) mean[d] /= (float)size;
 }
 
+// The differences to the centroid of the `count` members of one cluster that are farthest from it, the farthest first. Those kept so
+// far are sorted; another one goes behind all that are at least as far. work: dim + 2 count floats.
+void farthest_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, float* work) {
+    const int64_t b = head / call.heads, h = head % call.heads, dim = call.dim;
+    const int32_t* offsets = call.offsets + head * (call.clusters + 3) + cluster;
+    const int32_t* order = call.order + head * call.num_tokens;
+    const float* centroid = call.centroids + (head * call.clusters + cluster) * dim;
+    float *row = work, *distances = work + dim;
+    int32_t* tokens = (int32_t*)(distances + call.count);
+    const auto row_of = [&](int64_t token) -> const float* {
+        const char* from = call.x.row(b, h, token);
+        if (call.x.type == FLOAT32) return (const float*)from;
+        read_row(from, call.x.type, dim, row);
+        return row;
+    };
+    int64_t found = 0;
+    for (int64_t position = offsets[0]; position < offsets[1]; ++position) {
+        if (position + ROWS_AHEAD < offsets[1]) {
+            prefetch(call.x.row(b, h, order[position + ROWS_AHEAD]), dim * call.x.bytes_per_element());
+        }
+        const float distance = squared_distance(row_of(order[position]), centroid, dim);
+        if (found == call.count && !(distance > distances[found - 1])) continue;
+        int64_t place = found < call.count ? found++ : found - 1;
+        for (; place > 0 && distances[place - 1] < distance; --place) {
+            distances[place] = distances[place - 1];
+            tokens[place] = tokens[place - 1];
+        }
+        distances[place] = distance;
+        tokens[place] = order[position];
+    }
+    float* kept = call.means + (head * call.clusters + cluster) * call.count * dim;
+    for (int64_t m = 0; m < found; ++m) {
+        const float* member = row_of(tokens[m]);
+        for (int64_t d = 0; d < dim; ++d) kept[m * dim + d] = member[d] - centroid[d];
+    }
+    std::memset(kept + found * dim, 0, (call.count - found) * dim * sizeof(float));
+}
+
 int64_t pieces(int64_t count, int64_t of) { return (count + of - 1) / of; }
+
+// Calls function(call, head, cluster, floats of the thread's own) for every cluster of every head.
+template <class Function>
+int64_t for_each_cluster(const TokensCall& call, int64_t floats, const Function& function) {
+    const Workspace workspace(call.threads, floats);
+    if (workspace.missing()) return 1;
+    const int64_t per_head = pieces(call.clusters, CLUSTERS_PER_ITEM);
+    for_each_item(call.batch * call.heads * per_head, call.threads, [&](int64_t item, int64_t thread) {
+        const int64_t first = item % per_head * CLUSTERS_PER_ITEM;
+        for (int64_t c = first; c < first + CLUSTERS_PER_ITEM && c < call.clusters; ++c) {
+            function(call, item / per_head, c, workspace.of_thread(thread));
+        }
+    });
+    return 0;
+}
 
 }  // namespace
 }  // namespace svg2
@@ -97,6 +164,7 @@ extern "C" {
 SVG2_EXPORT int64_t svg2_order_call_bytes() { return sizeof(svg2::TokensCall); }
 SVG2_EXPORT int64_t svg2_permute_call_bytes() { return sizeof(svg2::TokensCall); }
 SVG2_EXPORT int64_t svg2_means_call_bytes() { return sizeof(svg2::TokensCall); }
+SVG2_EXPORT int64_t svg2_farthest_call_bytes() { return sizeof(svg2::TokensCall); }
 
 // The smallest and the largest of a number of values that is not 0.
 SVG2_EXPORT void svg2_range(const int32_t* values, int64_t count, int32_t* range) {
@@ -126,15 +194,10 @@ SVG2_EXPORT int64_t svg2_permute(const svg2::TokensCall* call) {
 }
 
 SVG2_EXPORT int64_t svg2_means(const svg2::TokensCall* call) {
-    const svg2::Workspace workspace(call->threads, call->dim);
-    if (workspace.missing()) return 1;
-    const int64_t per_head = svg2::pieces(call->clusters, svg2::CLUSTERS_PER_ITEM);
-    svg2::for_each_item(call->batch * call->heads * per_head, call->threads, [&](int64_t item, int64_t thread) {
-        const int64_t first = item % per_head * svg2::CLUSTERS_PER_ITEM;
-        for (int64_t c = first; c < first + svg2::CLUSTERS_PER_ITEM && c < call->clusters; ++c) {
-            svg2::mean_of_cluster(*call, item / per_head, c, workspace.of_thread(thread));
-        }
-    });
-    return 0;
+    return svg2::for_each_cluster(*call, call->dim, svg2::mean_of_cluster);
+}
+
+SVG2_EXPORT int64_t svg2_farthest(const svg2::TokensCall* call) {
+    return svg2::for_each_cluster(*call, call->dim + 2 * call->count, svg2::farthest_of_cluster);
 }
 }

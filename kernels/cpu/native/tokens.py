@@ -1,4 +1,4 @@
-"""Order, permutation, means and variances in native code."""
+"""Order, permutation, means, variances and farthest members in native code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from svg2_compile.kernels.cpu.native.calls import (
     unit_stride,
 )
 
-__all__ = ["cluster_means", "cluster_order", "cluster_variances", "permute_tokens", "unpermute_tokens"]
+__all__ = [
+    "cluster_means",
+    "cluster_order",
+    "cluster_variances",
+    "farthest_members",
+    "permute_tokens",
+    "unpermute_tokens",
+]
 
 _SIZES = (
     "batch",
@@ -31,6 +38,7 @@ _SIZES = (
     "video_tokens",
     "valid_heads",
     "inverse",
+    "count",
     "threads",
 )
 
@@ -75,13 +83,20 @@ def unpermute_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 def cluster_means(x: Tensor, offsets: Tensor) -> Tensor:
     """Mean of the rows of each cluster; see ``ops.cluster_means``."""
-    return _means(x, offsets, {})
+    return _of_clusters("means", x, offsets, {})
 
 
 def cluster_variances(x: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor) -> Tensor:
     """Mean square of the members' distance to their centroid, per dimension; see ``ops.cluster_variances``."""
     check_order(order)
-    return _means(x, offsets, {"order": order.contiguous(), "centroids": centroids.contiguous()})
+    return _of_clusters("means", x, offsets, {"order": order.contiguous(), "centroids": centroids.contiguous()})
+
+
+def farthest_members(x: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor, count: int) -> Tensor:
+    """What the members farthest from their centroid differ by; see ``ops.farthest_members``."""
+    check_order(order)
+    given = {"order": order.contiguous(), "centroids": centroids.contiguous()}
+    return _of_clusters("farthest", x, offsets, given, count)
 
 
 def _permuted(x: Tensor, order: Tensor, out: Tensor, inverse: bool) -> Tensor:
@@ -93,15 +108,17 @@ def _permuted(x: Tensor, order: Tensor, out: Tensor, inverse: bool) -> Tensor:
     return out
 
 
-def _means(x: Tensor, offsets: Tensor, given: dict[str, Tensor]) -> Tensor:
+def _of_clusters(name: str, x: Tensor, offsets: Tensor, given: dict[str, Tensor], count: int | None = None) -> Tensor:
+    """What the native op ``name`` makes of each cluster: one row, or ``count`` of them."""
     check_offset_contents("offsets", offsets, x.shape[2])
     x, offsets = unit_stride(x), offsets.contiguous()
     batch, heads, num_tokens, dim = x.shape
     num_clusters = offsets.shape[2] - 3
-    means = x.new_empty(batch, heads, num_clusters, dim, dtype=torch.float32)
+    rows = (num_clusters,) if count is None else (num_clusters, count)
+    result = x.new_empty(batch, heads, *rows, dim, dtype=torch.float32)
     sizes = {"batch": batch, "heads": heads, "num_tokens": num_tokens, "dim": dim, "clusters": num_clusters}
-    _call("means", {**given, "offsets": offsets, "means": means}, sizes, tokens(x))
-    return means
+    _call(name, {**given, "offsets": offsets, "means": result}, {**sizes, "count": count or 1}, tokens(x))
+    return result
 
 
 def _call(

@@ -21,6 +21,8 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+constexpr float LOG2_E = 1.4426950408889634f;
+
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(LANES * sizeof(float))));
 

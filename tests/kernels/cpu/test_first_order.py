@@ -125,15 +125,36 @@ def test_masked_garbage_is_never_read(cpu: ModuleType) -> None:
     torch.testing.assert_close(cpu.first_order_attention(*case.attention_args), attended, rtol=0, atol=0)
 
 
-def test_variances_equal_the_oracle(cpu: ModuleType) -> None:
+def clustered_at_random() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x that is not dense, with order, offsets and centroids of five clusters: one empty, and context around them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 90, 7, generator=generator).transpose(2, 3).contiguous().transpose(2, 3)
     labels = torch.randint(0, 5, (2, 3, 80), generator=generator, dtype=torch.int32)
     labels[labels == 3] = 4
-    order, offsets = reference.cluster_order(labels, 5, 6, 90)
-    centroids = torch.randn(2, 3, 5, 7, generator=generator)
+    return x, *reference.cluster_order(labels, 5, 6, 90), torch.randn(2, 3, 5, 7, generator=generator)
+
+
+def test_variances_equal_the_oracle(cpu: ModuleType) -> None:
+    x, *clusters = clustered_at_random()
     for dtype in DTYPES:
-        actual = cpu.cluster_variances(x.to(dtype), order, offsets, centroids)
-        exact = reference.cluster_variances(x.to(dtype), order, offsets, centroids, compute_dtype=F64)
+        actual = cpu.cluster_variances(x.to(dtype), *clusters)
+        exact = reference.cluster_variances(x.to(dtype), *clusters, compute_dtype=F64)
         torch.testing.assert_close(actual, exact)
         assert not bool(actual[:, :, 3].any())
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_the_farthest_members_are_the_oracles(cpu: ModuleType, count: int) -> None:
+    x, order, offsets, centroids = clustered_at_random()
+    for dtype in DTYPES:
+        actual = cpu.farthest_members(x.to(dtype), order, offsets, centroids, count)
+        exact = reference.farthest_members(x.to(dtype), order, offsets, centroids, count, compute_dtype=F64)
+        torch.testing.assert_close(actual, exact)
+        assert bool(actual[:, :, 4, 0].any()) and not bool(actual[:, :, 3].any())
+
+
+def test_of_equally_far_members_the_first_and_none_beyond_the_last(cpu: ModuleType) -> None:
+    x, order = torch.tensor([1.0, -1.0, 2.0, 1.0])[:, None].expand(1, 1, 4, 2), torch.arange(4, dtype=torch.int32)
+    offsets = torch.tensor([0, 4, 4, 4, 4], dtype=torch.int32).expand(1, 1, 5)
+    kept = cpu.farthest_members(x, order.expand(1, 1, 4), offsets, torch.zeros(1, 1, 2, 2), 5)
+    assert kept[0, 0, :, :, 0].tolist() == [[2.0, 1.0, -1.0, 1.0, 0.0], [0.0] * 5]

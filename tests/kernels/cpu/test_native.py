@@ -158,6 +158,7 @@ def large_arguments() -> dict[str, tuple[Any, ...]]:
         "unpermute_tokens": (problem.query, order),
         "cluster_means": (problem.query, offsets),
         "cluster_variances": (problem.query, order, offsets, case.q_centroids),
+        "farthest_members": (problem.query, order, offsets, case.q_centroids, 5),
         "block_estimates": case.estimate_args,
         "select_blocks_of_layer": case.select_args(0.3),
         "first_order_terms": case.term_args,

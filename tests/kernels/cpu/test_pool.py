@@ -24,6 +24,7 @@ from tests.kernels.helpers import FirstOrder, make_problem
     clusters=st.tuples(st.integers(1, 6), st.integers(1, 30)),
     input_scale=st.sampled_from([0.3, 1.0, 4.0]),
     density=st.floats(0.0, 1.0),
+    members=st.booleans(),
 )
 def test_selection_equals_the_oracle(
     cpu: ModuleType,
@@ -34,14 +35,16 @@ def test_selection_equals_the_oracle(
     clusters: tuple[int, int],
     input_scale: float,
     density: float,
+    members: bool,
 ) -> None:
     problem = make_problem(
         seed=seed, batch=batch, q_heads=kv_heads * group, kv_heads=kv_heads, num_q_clusters=clusters[0],
         num_k_clusters=clusters[1], input_scale=input_scale,
     )  # fmt: skip
     case = FirstOrder.of(problem)
-    actual = cpu.select_blocks_of_layer(*case.select_args(density))
-    expected = reference.select_blocks_of_layer(*case.select_args(density), compute_dtype=F64)
+    args = case.select_args(density, members)
+    actual = cpu.select_blocks_of_layer(*args)
+    expected = reference.select_blocks_of_layer(*args, compute_dtype=F64)
     # Rounding may let blocks of nearly the same priority change places, at the edge of the budget.
     assert int((actual != expected).flatten(1).sum(dim=1).max()) <= 2
 
@@ -54,7 +57,7 @@ def test_ties_go_to_the_first_in_order(cpu: ModuleType, priorities: str) -> None
     problem.k_offsets[:] = torch.arange(0, 110, 10, dtype=torch.int32).clamp(max=80)
     log_mass = torch.zeros_like(case.log_mass)
     log_error = torch.full_like(case.log_error, 1.0 if priorities == "equal" else -math.inf)
-    args = (log_mass, log_error, torch.zeros_like(case.q_variances), *case.select_args(0.3)[3:])
+    args = (log_mass, log_error, torch.zeros_like(case.q_variances), *case.select_args(0.3, members=False)[3:])
     kept = cpu.select_blocks_of_layer(*args)[0, :, :4, :8].flatten()
     # 64 blocks of one size: 30 % are 19.2 of them.
     assert kept.nonzero().squeeze(1).tolist() == (list(range(20)) if priorities == "equal" else [])

@@ -65,6 +65,42 @@ def test_rows_count_by_their_mass_and_blocks_by_their_variance() -> None:
     assert by_hand(3 / 24, q_variances=variances, k_centroids=keys, log_error=large)[0][1] == [False, False]
 
 
+def test_blocks_count_by_the_squares_of_what_far_members_attend() -> None:
+    """Every number of the rule, by hand: with a context, an empty cluster and a query cluster of fewer members."""
+    problem = make_problem(q_heads=2, kv_heads=1, num_queries=30, num_q_clusters=4, num_k_clusters=9, input_scale=4.0)
+    case = FirstOrder.of(problem)
+    rated = []
+    for h in range(2):
+        for i, size in enumerate(problem.q_offsets[0, h].diff()[:4].tolist()):
+            mass = case.log_mass[0, h, i, :10].double()  # of the clusters and the context
+            for j, keys in enumerate(problem.k_offsets[0, 0].diff()[:9].tolist()):
+                if size == 0 or keys == 0:
+                    continue
+                boost = math.exp(_variance_boost(case, h, i, j))
+                for member in case.far_members[0, h, i, : min(3, size)].double():
+                    gain = problem.scale * torch.nan_to_num(problem.k_centroids[0, 0].double()) @ member
+                    share = torch.softmax(mass + torch.cat([gain, torch.zeros(1)]), dim=0)[j]
+                    boost += float(share / torch.softmax(mass, dim=0)[j]) ** 2 / size
+                priority = float(case.log_error[0, h, i, j] - 2 * mass.logsumexp(0)) - math.log(keys) + math.log(boost)
+                rated.append((priority, h, i, j, size * keys))
+    rated.sort(reverse=True)
+    budget, expected = 0.4 * sum(block[-1] for block in rated), set()
+    for _, h, i, j, pairs in rated:
+        if budget > 0:
+            expected.add((h, i, j))
+        budget -= pairs
+    block_map = reference.select_blocks_of_layer(*case.select_args(0.4), compute_dtype=F64)
+    assert {tuple(place) for place in block_map[0, :, :4, :9].nonzero().tolist()} == expected
+    without = reference.select_blocks_of_layer(*case.select_args(0.4, members=False), compute_dtype=F64)
+    assert not torch.equal(without, block_map)
+
+
+def _variance_boost(case: FirstOrder, h: int, i: int, j: int) -> float:
+    keys = torch.nan_to_num(case.problem.k_centroids[0, 0].double())
+    mean = torch.softmax(case.log_mass[0, h, i, :9].double(), dim=0) @ keys
+    return min(8.0, 0.5 * float(case.problem.scale**2 * case.q_variances[0, h, i].double() @ (keys[j] - mean).square()))
+
+
 @pytest.mark.parametrize("bad", ["mass", "error"])
 def test_a_row_with_a_nan_keeps_everything_outside_the_budget(bad: str) -> None:
     log_mass = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0]).log().expand(1, 2, 2, 5).clone()

@@ -102,7 +102,7 @@ def test_from_torch_compile_to_launches_without_a_host_read(name: str, options: 
     assert kernels["_select_rows"] == (0 if first_order else sites)
     for kernel in ("_log_errors", "_cluster_means"):
         assert kernels[kernel] == (0 if options == PLAIN else sites)
-    for kernel in ("_cluster_variances", "_write_map", "_residuals", "_slopes"):
+    for kernel in ("_cluster_variances", "_pick_farthest", "_squared_shares", "_write_map", "_residuals", "_slopes"):
         assert kernels[kernel] == (sites if first_order else 0)
     assert kernels["_count_digits"] == (8 * sites if first_order else 0)
     assert kernels["_exact_rows"] == (sites if options == GUARD else 0)
