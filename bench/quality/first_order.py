@@ -23,6 +23,7 @@ from bench.minidit.sample import PROMPTS
 from bench.quality.capture import Attention, watch_attention
 from bench.quality.clusters import Budget, Clustering, SparseAttention, cluster
 from bench.quality.measure import average, relative_error
+from bench.quality.methods import NO_MEMBERS
 from bench.quality.parts import Parts, parts, slopes_of_clusters
 from bench.quality.results import FIRST_ORDER_LAYERS, FIRST_ORDER_SIZES
 from bench.shape import default_shape
@@ -39,6 +40,7 @@ STEPS = (4, 9, 14)
 DRAWN: dict[str, Any] = {"step": 9, "layer": 7, "density": 0.10}
 """The attention whose queries are moved away from their centroids; of the first prompt."""
 DISTANCES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+MOST_MEMBERS = 16
 TOLERANCE = 2e-5
 BEFORE = "centroid, row"
 NO_SLOPE = Parts(mass=True, residual=True, slope="none")
@@ -55,14 +57,14 @@ class FirstOrderAttention(SparseAttention):
         self.log_mass, self.log_error = ops.block_estimates(*self.tokens, attention.scale)
         queries = (attention.query, query.order, query.offsets, query.centroids)
         self.variances = ops.cluster_variances(*queries)
-        self.far_members = ops.farthest_members(*queries, FAR_MEMBERS)
+        self.far_members = ops.farthest_members(*queries, MOST_MEMBERS)
 
-    def select_of_layer(self, density: float, variances: bool = True, members: bool = True) -> Tensor:
+    def select_of_layer(self, density: float, variances: bool = True, members: int = FAR_MEMBERS) -> Tensor:
         """One budget for all heads; without variances and members by the error at the centroids alone."""
         key = self.clustering.key
         estimates = (self.log_mass, self.log_error, self.variances if variances else torch.zeros_like(self.variances))
         sizes = (self.clustering.query.sizes, key.offsets, self.attention.scale, torch.tensor(density))
-        far_members = self.far_members if members else None
+        far_members = self.far_members[..., :members, :] if members > 0 else None
         return ops.select_blocks_of_layer(*estimates, key.centroids, *sizes, far_members)
 
     def attend_to_first_order(self, block_map: Tensor, left: Parts | None = None, terms: Any = None) -> Tensor:
@@ -163,9 +165,11 @@ def _combinations(
     yield "P + A + B + J", first_order(layer)
     yield "P + A + B + J by mass", sparse.attend_with_slope_by_mass(layer)
     yield "P + A + B + J0", sparse.attend_with_slope_per_cluster(layer)
-    yield "P without members + A + B + J", first_order(sparse.select_of_layer(density, members=False))
-    yield "P without u + A + B + J", first_order(sparse.select_of_layer(density, variances=False))
-    yield "P without both + A + B + J", first_order(sparse.select_of_layer(density, variances=False, members=False))
+    yield NO_MEMBERS, first_order(sparse.select_of_layer(density, members=0))
+    for count in (4, MOST_MEMBERS):
+        yield f"P by {count} members + A + B + J", first_order(sparse.select_of_layer(density, members=count))
+    yield "P by members alone + A + B + J", first_order(sparse.select_of_layer(density, variances=False))
+    yield "P by centroids + A + B + J", first_order(sparse.select_of_layer(density, variances=False, members=0))
 
 
 def errors_along_the_way(attention: Attention, clustering: Clustering) -> dict[str, list[float]]:

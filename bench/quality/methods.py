@@ -11,7 +11,7 @@ from bench.quality.parts import Parts, parts
 from bench.quality.position import position_blocks
 from svg2_compile.minidit.model import VideoSize
 
-__all__ = ["GLOBAL_SLOPE", "METHODS", "PARTS", "Method"]
+__all__ = ["GLOBAL_SLOPE", "METHODS", "NO_MEMBERS", "PARTS", "Method"]
 
 PLAIN = {"compensation": "none"}
 COMPENSATED = {"compensation": "centroid", "routing": "score"}
@@ -59,6 +59,7 @@ METHODS = (
 GLOBAL_SLOPE = Method("global slope", None, FIRST_ORDER_ROWS, Parts(mass=False, residual=False, slope="head"))
 """Beside centroids one slope per head, as in PISA: no clusters' residual, no exact mass."""
 
+NO_MEMBERS = "P by variance + A + B + J"
 PARTS = (
     Method("P", None, POOLED),
     Method("A + B", None, FIRST_ORDER_ROWS, Parts(mass=True, residual=True, slope="none")),
@@ -66,5 +67,6 @@ PARTS = (
     Method("P + A", None, FIRST_ORDER, Parts(mass=True, residual=False, slope="none")),
     Method("P + A + B", None, FIRST_ORDER, Parts(mass=True, residual=True, slope="none")),
     Method("P + J", None, FIRST_ORDER, Parts(mass=False, residual=False, slope="cluster")),
+    Method(NO_MEMBERS, None, FIRST_ORDER, Parts(mass=True, residual=True, slope="cluster", members=False)),
 )
 """What the parts of "svg2+first_order" (P + A + B + J) are worth; names as in docs/quality.md."""

@@ -25,11 +25,13 @@ __all__ = ["Parts", "parts"]
 
 class Parts(NamedTuple):
     """mass: exact at the centroid (part A), or that of the mean key. residual: part B. slope: "cluster" is q - q_i
-    times the head's slope (part J); "head" is the whole query times it, PISA's global slope; or "none"."""
+    times the head's slope (part J); "head" is the whole query times it, PISA's global slope; or "none". members: a
+    layer's budget (part P) looks at far members of query clusters, or at variances alone."""
 
     mass: bool
     residual: bool
     slope: str
+    members: bool = True
 
 
 _active: ContextVar[Parts | None] = ContextVar("bench_parts", default=None)
@@ -76,6 +78,11 @@ def block_estimates(
         sizes = offsets.diff(dim=-1)[..., : keys.shape[2]].unsqueeze(2)
         log_mass[..., : keys.shape[2]] = scale * (q_centroids @ keys.transpose(-1, -2)) + sizes.log()
     return log_mass, log_error
+
+
+def select_blocks_of_layer(*arguments: Any) -> Tensor:
+    """The CPU's selection, without its last argument where members do not count."""
+    return cpu.select_blocks_of_layer(*(arguments if _chosen().members else arguments[:-1]))
 
 
 def first_order_terms(

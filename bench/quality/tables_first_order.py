@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import markdown
+from bench.quality.methods import NO_MEMBERS
 from bench.quality.results import BEFORE, FIRST, PUBLISHED_DENSE_LAYERS, dense_layers_of
 
 __all__ = ["SHOWN", "layers_table", "parts_table", "psnr_table", "schedules_table", "shown_rows", "sizes_table"]
@@ -19,7 +20,7 @@ SHOWN = {
     "tiles+first_order": "first order, layer's budget, on blocks by position",
     FIRST: "first order, layer's budget (the default)",
 }
-PARTS = ("P", "A + B", "A + B + J", "P + A", "P + A + B", "P + J")
+PARTS = ("P", "A + B", "A + B + J", "P + A", "P + A + B", "P + J", NO_MEMBERS)
 STEPS = 20
 SCHEDULES = (
     ("20 steps", {"steps": 20}),

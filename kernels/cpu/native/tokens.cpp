@@ -64,16 +64,22 @@ void permute_rows(const TokensCall& call, int64_t head, int64_t first) {
 }
 
 float squared_distance(const float* x, const float* y, int64_t dim) {
-    Vec lanes{};
+    Vec lanes[2] = {};
     int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES) {
-        const Vec away = load(x + d) - load(y + d);
-        lanes += away * away;
+    for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+        SVG2_UNROLL for (int v = 0; v < 2; ++v) {
+            const Vec away = load(x + d + v * LANES) - load(y + d + v * LANES);
+            lanes[v] += away * away;
+        }
     }
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; ++lane) sum += lanes[lane];
+    // Halves of halves: a sum lane by lane is a chain of additions that takes longer than the products.
+    float sums[LANES], sum = 0.0f;
+    store(sums, lanes[0] + lanes[1]);
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    }
     for (; d < dim; ++d) sum += (x[d] - y[d]) * (x[d] - y[d]);
-    return sum;
+    return sum + sums[0];
 }
 
 // Of one cluster the mean of its rows, or of the squares of their differences to its centroid. row: dim floats.
