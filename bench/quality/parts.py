@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from bench.quality.implementations import implementation
-from svg2_compile.kernels.cpu import implementation as cpu
+from svg2_compile.kernels.cpu import implementation as aten
+from svg2_compile.kernels.cpu.native import implementation as native
+from svg2_compile.kernels.cpu.native.build import native as native_library
 
 __all__ = ["Parts", "parts"]
 
@@ -33,6 +35,9 @@ class Parts(NamedTuple):
     slope: str
     members: bool = True
 
+
+# As fast as what it is compared with: the CPU's native code where there is some.
+cpu: Any = aten if native_library().library is None else native
 
 _active: ContextVar[Parts | None] = ContextVar("bench_parts", default=None)
 
