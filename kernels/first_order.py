@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 FAR_MEMBERS = 8
-"""Queries of a cluster that the selection looks at one by one. 4, 8 and 16 of them leave 0.85, 0.82 and 0.79 of the
+"""Queries of a cluster that the selection looks at one by one. 4, 8 and 16 of them leave 0.85, 0.81 and 0.79 of the
 error at 10 % density (docs/quality.md); each costs what one query cluster more would."""
 
 

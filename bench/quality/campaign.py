@@ -33,6 +33,7 @@ from bench.quality.results import (
     BEFORE,
     FIRST,
     FIRST_ORDER,
+    NO_MEMBERS,
     PUBLISHED_DENSE_LAYERS,
     dense_layers_of,
     read_results,
@@ -94,11 +95,12 @@ def planned(prompts: Sequence[int]) -> Iterator[Sample]:
     yield from of([(FIRST, 0.10)], dense_layers=PUBLISHED_DENSE_LAYERS)
     yield from of([(FIRST, 0.10)], dense_last_steps=1)
     yield from of([(FIRST, "0.15..0.05"), (FIRST, "0.05..0.15")])
-    yield from of([(method.name, 0.10) for method in PARTS])
+    yield from of([(method.name, 0.10) for method in PARTS], dense_layers=PUBLISHED_DENSE_LAYERS)
+    yield from of([(NO_MEMBERS, density) for density in (0.10, 0.25, 0.05, 0.15)])
     yield from of([(method, 0.25) for method in OTHERS])
     yield from of([(BEFORE, 0.15), (BEFORE, 0.05)])
     yield from of([(method, density) for method in OTHERS for density in (0.05, 0.15)])
-    yield from of([(method.name, 0.25) for method in PARTS])
+    yield from of([(method.name, 0.25) for method in PARTS], dense_layers=PUBLISHED_DENSE_LAYERS)
 
 
 def flicker(video: Tensor, dense: Tensor) -> float:

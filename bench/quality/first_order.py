@@ -23,9 +23,8 @@ from bench.minidit.sample import PROMPTS
 from bench.quality.capture import Attention, watch_attention
 from bench.quality.clusters import Budget, Clustering, SparseAttention, cluster
 from bench.quality.measure import average, relative_error
-from bench.quality.methods import NO_MEMBERS
 from bench.quality.parts import Parts, parts, slopes_of_clusters
-from bench.quality.results import FIRST_ORDER_LAYERS, FIRST_ORDER_SIZES
+from bench.quality.results import FIRST_ORDER_LAYERS, FIRST_ORDER_SIZES, NO_MEMBERS
 from bench.shape import default_shape
 from svg2_compile.kernels import ops
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS

@@ -9,9 +9,10 @@ from typing import Any
 
 from bench.quality.parts import Parts, parts
 from bench.quality.position import position_blocks
+from bench.quality.results import NO_MEMBERS
 from svg2_compile.minidit.model import VideoSize
 
-__all__ = ["GLOBAL_SLOPE", "METHODS", "NO_MEMBERS", "PARTS", "Method"]
+__all__ = ["GLOBAL_SLOPE", "METHODS", "PARTS", "Method"]
 
 PLAIN = {"compensation": "none"}
 COMPENSATED = {"compensation": "centroid", "routing": "score"}
@@ -59,7 +60,6 @@ METHODS = (
 GLOBAL_SLOPE = Method("global slope", None, FIRST_ORDER_ROWS, Parts(mass=False, residual=False, slope="head"))
 """Beside centroids one slope per head, as in PISA: no clusters' residual, no exact mass."""
 
-NO_MEMBERS = "P by variance + A + B + J"
 PARTS = (
     Method("P", None, POOLED),
     Method("A + B", None, FIRST_ORDER_ROWS, Parts(mass=True, residual=True, slope="none")),

@@ -15,7 +15,7 @@ from bench.quality.tables_first_order import SHOWN, shown_rows
 __all__ = ["plot_first_order", "plot_queries"]
 
 # Okabe and Ito, as everywhere.
-COLOURS = dict(zip(SHOWN, ("#56B4E9", "#E69F00", "#0072B2", "#CC79A7", "#D55E00"), strict=True))
+COLOURS = dict(zip(SHOWN, ("#56B4E9", "#E69F00", "#0072B2", "#CC79A7", "#009E73", "#D55E00"), strict=True))
 STAND_INS = {
     "centroid": ("#0072B2", "the mean key and value (SVG-EAR)"),
     "A + B": ("#E69F00", "exact mass and residual (A + B)"),

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import markdown
-from bench.quality.methods import NO_MEMBERS
-from bench.quality.results import BEFORE, FIRST, PUBLISHED_DENSE_LAYERS, dense_layers_of
+from bench.quality.results import BEFORE, FIRST, NO_MEMBERS, PUBLISHED_DENSE_LAYERS, dense_layers_of
 
 __all__ = ["SHOWN", "layers_table", "parts_table", "psnr_table", "schedules_table", "shown_rows", "sizes_table"]
 
@@ -18,6 +17,7 @@ SHOWN = {
     "global slope": "a global slope beside centroids (as PISA)",
     BEFORE: "SVG-EAR: centroids, budget per row (the default before)",
     "tiles+first_order": "first order, layer's budget, on blocks by position",
+    NO_MEMBERS: "first order, layer's budget by variances alone",
     FIRST: "first order, layer's budget (the default)",
 }
 PARTS = ("P", "A + B", "A + B + J", "P + A", "P + A + B", "P + J", NO_MEMBERS)
