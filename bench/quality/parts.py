@@ -9,6 +9,7 @@ replaced. Selection and attention are the same code, so that only that part diff
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,9 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.quality.implementations import implementation
-from svg2_compile.kernels.cpu import implementation as aten
-from svg2_compile.kernels.cpu.native import implementation as native
-from svg2_compile.kernels.cpu.native.build import native as native_library
+from svg2_compile.kernels.dispatch import IMPLEMENTATIONS, implementation_for
 
 __all__ = ["Parts", "parts"]
 
@@ -36,8 +35,8 @@ class Parts(NamedTuple):
     members: bool = True
 
 
-# As fast as what it is compared with: the CPU's native code where there is some.
-cpu: Any = aten if native_library().library is None else native
+# What serves the CPU, so that parts are as fast as what they are compared with.
+cpu: Any = importlib.import_module(IMPLEMENTATIONS[implementation_for(torch.device("cpu"))].module)
 
 _active: ContextVar[Parts | None] = ContextVar("bench_parts", default=None)
 

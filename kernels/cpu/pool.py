@@ -66,10 +66,10 @@ def select_blocks_of_layer(
     empty = k_sizes == 0
     cluster_mass = log_mass[..., :num_k_clusters]
     broken = ((log_error.isnan() | ~cluster_mass.isfinite()) & ~empty).any(dim=-1, keepdim=True)
-    keys = per_query_head(k_centroids, num_q_heads)
+    keys = per_query_head(k_centroids, num_q_heads).masked_fill(empty.transpose(-1, -2), 0.0)
     priority = _log_boosts(cluster_mass, q_variances, keys, empty, scale)
     if far_members is not None:
-        priority = torch.logaddexp(priority, _log_boosts_of_members(log_mass, far_members, keys, q_sizes, empty, scale))
+        priority = torch.logaddexp(priority, _log_boosts_of_members(log_mass, far_members, keys, q_sizes, scale))
     priority.add_(log_error).sub_(k_sizes.to(torch.float32).log()).sub_(log_mass.logsumexp(-1, keepdim=True), alpha=2)
     pairs = q_sizes.unsqueeze(-1).to(torch.float64) * k_sizes
     pairs.masked_fill_(broken, 0.0)
@@ -86,7 +86,6 @@ def _log_boosts(cluster_mass: Tensor, q_variances: Tensor, keys: Tensor, empty: 
     Squares are multiplied out, of keys about their mean: then little cancels.
     """
     empty_keys = empty.transpose(-1, -2)
-    keys = keys.masked_fill(empty_keys, 0.0)
     filled = (~empty_keys).sum(dim=2, keepdim=True).clamp_(min=1)
     keys = (keys - keys.sum(dim=2, keepdim=True) / filled).masked_fill_(empty_keys, 0.0)
     mean_key = torch.softmax(cluster_mass, dim=-1) @ keys
@@ -97,11 +96,10 @@ def _log_boosts(cluster_mass: Tensor, q_variances: Tensor, keys: Tensor, empty: 
 
 
 def _log_boosts_of_members(
-    log_mass: Tensor, far_members: Tensor, keys: Tensor, q_sizes: Tensor, empty: Tensor, scale: float
+    log_mass: Tensor, far_members: Tensor, keys: Tensor, q_sizes: Tensor, scale: float
 ) -> Tensor:
     """ln(sum_m (P_mj / P_ij)^2 / n_i): [B, Hq, Cq, Ck]. Head by head: products of every member are S times as many."""
     boosts = torch.full_like(log_mass[..., : keys.shape[2]], -math.inf)
-    keys = keys.masked_fill(empty.transpose(-1, -2), 0.0)
     present = torch.arange(far_members.shape[3]) < q_sizes.unsqueeze(-1)
     totals = log_mass.logsumexp(-1)
     for b in range(boosts.shape[0]):

@@ -122,13 +122,18 @@ def select_blocks_of_layer(
     return with_context_and_null(kept | (density >= 1))
 
 
+def _filled_keys(k_centroids: Tensor, empty: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """The mean keys of every query head, [B, Hq, Ck, D]; 0 of an empty cluster, whose mean may be anything."""
+    repeats = empty.shape[1] // max(k_centroids.shape[1], 1)
+    keys = k_centroids.to(compute_dtype).repeat_interleave(repeats, dim=1)
+    return keys.masked_fill(empty[:, :, :1].transpose(-1, -2), 0.0)
+
+
 def _log_boost(
     log_mass: Tensor, q_variances: Tensor, k_centroids: Tensor, empty: Tensor, scale: float, compute_dtype: torch.dtype
 ) -> Tensor:
     """min(8, u_ij / 2), u_ij the variance of the logit of j among the queries of i, relative to their mean key."""
-    repeats = empty.shape[1] // max(k_centroids.shape[1], 1)
-    keys = k_centroids.to(compute_dtype).repeat_interleave(repeats, dim=1)
-    keys = keys.masked_fill(empty[:, :, :1].transpose(-1, -2), 0.0)
+    keys = _filled_keys(k_centroids, empty, compute_dtype)
     mean_key = torch.softmax(log_mass[..., : keys.shape[2]], dim=-1) @ keys
     away = (keys.unsqueeze(2) - mean_key.unsqueeze(3)).square()  # [B, Hq, Cq, Ck, D]
     variance = scale * scale * (away @ q_variances.to(compute_dtype).unsqueeze(-1)).squeeze(-1)
@@ -145,9 +150,7 @@ def _log_boost_of_members(
     compute_dtype: torch.dtype,
 ) -> Tensor:
     """ln(sum_m (P_mj / P_ij)^2 / n_i) over the members that there are; the context's mass is what it is at q_i."""
-    repeats = empty.shape[1] // max(k_centroids.shape[1], 1)
-    keys = k_centroids.to(compute_dtype).repeat_interleave(repeats, dim=1)
-    keys = keys.masked_fill(empty[:, :, :1].transpose(-1, -2), 0.0)
+    keys = _filled_keys(k_centroids, empty, compute_dtype)
     gain = scale * (far_members.to(compute_dtype) @ keys.unsqueeze(2).transpose(-1, -2))  # [B, Hq, Cq, S, Ck]
     masses = log_mass[..., : keys.shape[2]].unsqueeze(3) + gain
     context = log_mass[..., keys.shape[2], None, None].expand(*masses.shape[:-1], 1)

@@ -10,7 +10,14 @@ from torch import Tensor
 from svg2_compile.kernels.triton.launch import device_of, padded, row_strides, rows_dense
 from svg2_compile.kernels.triton.primitives import head_base, load_rows
 
-__all__ = ["ROWS_PER_STEP", "cluster_means", "cluster_variances", "sum_segment"]
+__all__ = [
+    "ROWS_PER_STEP",
+    "away_from",
+    "centroid_and_rows",
+    "cluster_means",
+    "cluster_variances",
+    "sum_segment",
+]
 
 ROWS_PER_STEP = 32
 
@@ -67,6 +74,27 @@ def cluster_means(x: Tensor, offsets: Tensor) -> Tensor:
     return means
 
 
+@triton.jit
+def centroid_and_rows(
+    offsets, centroids, cluster, group, num_clusters, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """The centroid float32 [BLOCK_D] of a cluster, and the positions at which its rows begin and end."""
+    boundary = offsets + group * (num_clusters + 3) + cluster
+    column = tl.arange(0, BLOCK_D)
+    place = (group * num_clusters + cluster) * WIDTH + column
+    mean = tl.load(centroids + place, mask=column < WIDTH, other=0.0)
+    return mean, tl.load(boundary), tl.load(boundary + 1)
+
+
+@triton.jit
+def away_from(mean, head, order, row, end, stride_n, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What the head's rows order[row] differ by from the mean, float32 [rows, BLOCK_D]; 0 from ``end`` on."""
+    present = row < end
+    token = tl.load(order + row, mask=present, other=0)
+    away = load_rows(head, token, present, stride_n, WIDTH, BLOCK_D).to(tl.float32) - mean[None, :]
+    return tl.where(present[:, None], away, 0.0)
+
+
 @triton.jit(do_not_specialize=["num_clusters", "num_tokens"])
 def _cluster_variances(
     x, order, offsets, centroids, variances, num_heads, num_clusters, num_tokens, x_b, x_h, x_n,
@@ -74,21 +102,16 @@ def _cluster_variances(
 ):  # fmt: skip
     """variances [groups, C, WIDTH] of the rows that the order puts between two offsets; zero where there are none."""
     cluster, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    boundary = offsets + group * (num_clusters + 3) + cluster
-    begin, end = tl.load(boundary), tl.load(boundary + 1)
+    mean, begin, end = centroid_and_rows(offsets, centroids, cluster, group, num_clusters, WIDTH, BLOCK_D)
     x += head_base(group, num_heads, x_b, x_h)
-    column = tl.arange(0, BLOCK_D)
-    place = (group * num_clusters + cluster) * WIDTH + column
-    mean = tl.load(centroids + place, mask=column < WIDTH, other=0.0)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
-        present = row < end
-        token = tl.load(order + group * num_tokens + row, mask=present, other=0)
-        away = load_rows(x, token, present, x_n, WIDTH, BLOCK_D).to(tl.float32) - mean[None, :]
-        total += tl.where(present[:, None], away * away, 0.0)
+        away = away_from(mean, x, order + group * num_tokens, row, end, x_n, WIDTH, BLOCK_D)
+        total += away * away
     variance = tl.sum(total, 0) / tl.maximum(end - begin, 1).to(tl.float32)
-    tl.store(variances + place, variance, mask=column < WIDTH)
+    column = tl.arange(0, BLOCK_D)
+    tl.store(variances + (group * num_clusters + cluster) * WIDTH + column, variance, mask=column < WIDTH)
 
 
 def cluster_variances(x: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor) -> Tensor:

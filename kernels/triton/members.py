@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.triton.launch import device_of, padded, row_strides, rows_dense
+from svg2_compile.kernels.triton.means import ROWS_PER_STEP, away_from, centroid_and_rows
 from svg2_compile.kernels.triton.primitives import LOG2_E, head_base, load_rows
 
 __all__ = ["farthest_members", "squared_shares"]
 
-ROWS = 32
 KEYS = 32  # in a tile, loaded one after the other: so 256 dimensions in three products each stay in registers
 LAST_POSITION = tl.constexpr(2147483647)
 
@@ -29,17 +29,12 @@ def _squared_distances(
 ):  # fmt: skip
     """distances [groups, N]: |x - centroid|^2 of the rows of one cluster, at their positions in the order."""
     cluster, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    boundary = offsets + group * (num_clusters + 3) + cluster
-    begin, end = tl.load(boundary), tl.load(boundary + 1)
+    mean, begin, end = centroid_and_rows(offsets, centroids, cluster, group, num_clusters, WIDTH, BLOCK_D)
     x += head_base(group, num_heads, x_b, x_h)
-    column = tl.arange(0, BLOCK_D)
-    mean = tl.load(centroids + (group * num_clusters + cluster) * WIDTH + column, mask=column < WIDTH, other=0.0)
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
-        present = row < end
-        token = tl.load(order + group * num_tokens + row, mask=present, other=0)
-        away = load_rows(x, token, present, x_n, WIDTH, BLOCK_D).to(tl.float32) - mean[None, :]
-        tl.store(distances + group * num_tokens + row, tl.sum(away * away, 1), mask=present)
+        away = away_from(mean, x, order + group * num_tokens, row, end, x_n, WIDTH, BLOCK_D)
+        tl.store(distances + group * num_tokens + row, tl.sum(away * away, 1), mask=row < end)
 
 
 @triton.jit(do_not_specialize=["num_clusters", "num_tokens"])
@@ -51,11 +46,9 @@ def _pick_farthest(
     before, of equal ones the first position. Both are one integer: a distance is not negative, so that its bits are in
     its order."""
     cluster, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    boundary = offsets + group * (num_clusters + 3) + cluster
-    begin, end = tl.load(boundary), tl.load(boundary + 1)
+    mean, begin, end = centroid_and_rows(offsets, centroids, cluster, group, num_clusters, WIDTH, BLOCK_D)
     x += head_base(group, num_heads, x_b, x_h)
     column = tl.arange(0, BLOCK_D)
-    mean = tl.load(centroids + (group * num_clusters + cluster) * WIDTH + column, mask=column < WIDTH, other=0.0)
     before = group * 0 + 9223372036854775807
     for rank in range(COUNT):
         largest = tl.full([ROWS], -1, tl.int64)
@@ -86,7 +79,7 @@ def farthest_members(x: Tensor, order: Tensor, offsets: Tensor, centroids: Tenso
     distances = centroids.new_empty(batch, heads, num_tokens)
     tokens = (x, order.contiguous(), offsets.contiguous(), centroids.contiguous(), distances)
     sizes = (heads, num_clusters, num_tokens, *row_strides(x))
-    block = {"ROWS": ROWS, "WIDTH": width, "BLOCK_D": padded(width), "num_warps": 4}
+    block = {"ROWS": ROWS_PER_STEP, "WIDTH": width, "BLOCK_D": padded(width), "num_warps": 4}
     grid = (num_clusters, batch * heads)
     with device_of(x):
         _squared_distances[grid](*tokens, *sizes, **block)

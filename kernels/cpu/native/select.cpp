@@ -87,20 +87,25 @@ void turn_keys(const SelectCall& call, int64_t b, int64_t row, Ratings& work) {
     }
 }
 
-// ln of the sum of e^mass over clusters, and of e^context.
-float log_total(const Ratings& work, float context) {
-    Vec most = broadcast(context), sum{};
+float largest_of(Vec lanes) {
+    float largest = lanes[0];
+    for (int lane = 1; lane < LANES; ++lane) largest = std::max(largest, (float)lanes[lane]);
+    return largest;
+}
+
+// ln of the sum of e^mass over clusters.
+float log_mass_of_clusters(const Ratings& work) {
+    Vec most = broadcast(NOTHING), sum{};
     for (int64_t j = 0; j < work.width; j += LANES) most = larger(load(work.mass + j), most);
-    float largest = context;
-    for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, (float)most[lane]);
+    const float largest = largest_of(most);
     for (int64_t j = 0; j < work.width; j += LANES) sum += exp_of(load(work.mass + j) - largest);
-    return largest + std::log(sum_of(sum) + std::exp(context - largest));
+    return largest + std::log(sum_of(sum));
 }
 
 // boost = min(8, s^2 / 2 sum_d variance_d (key_d - mean_d)^2), the mean weighted by the masses.
-void boost_by_variance(const SelectCall& call, int64_t q_row, Ratings& work) {
+void boost_by_variance(const SelectCall& call, int64_t q_row, float of_clusters, Ratings& work) {
     const float* variance = call.q_variances + q_row * call.dim;
-    const float of_clusters = log_total(work, NOTHING), half = (float)(0.5 * call.scale * call.scale);
+    const float half = (float)(0.5 * call.scale * call.scale);
     std::memset(work.boost, 0, work.width * sizeof(float));
     for (int64_t j = 0; j < work.width; j += LANES) store(work.squares + j, exp_of(load(work.mass + j) - of_clusters));
     for (int64_t d = 0; d < call.dim; ++d) {
@@ -152,8 +157,7 @@ void add_squared_shares(float* logits, float context, Ratings& work) {
         store(logits + j, logit);
         most = larger(logit, most);
     }
-    float largest = context;
-    for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, (float)most[lane]);
+    const float largest = largest_of(most);
     for (int64_t j = 0; j < work.width; j += LANES) {
         const Vec weight = exp_of(load(logits + j) - largest);
         store(logits + j, weight);
@@ -208,8 +212,9 @@ void rate_row(const SelectCall& call, int64_t b, int64_t row, Ratings& work) {
         std::fill(priority, priority + count, broken ? __builtin_nanf("") : NOTHING);
         return;
     }
-    const float log_row = log_total(work, mass[count]);
-    boost_by_variance(call, q_row, work);
+    const float of_clusters = log_mass_of_clusters(work), most = std::max(of_clusters, mass[count]);
+    const float log_row = most + std::log(std::exp(of_clusters - most) + std::exp(mass[count] - most));
+    boost_by_variance(call, q_row, of_clusters, work);
     if (call.far_members) boost_by_members(call, q_row, mass[count], log_row, work);
     for (int64_t j = 0; j < count; ++j) {
         const int64_t size = bounds[j + 1] - bounds[j];
