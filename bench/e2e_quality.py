@@ -36,6 +36,7 @@ STAGES = {
         "select_blocks_by_error",
         "select_blocks_of_layer",
         "block_estimates",
+        "first_order_estimates",
         "cluster_variances",
         "farthest_members",
     ),

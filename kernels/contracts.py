@@ -179,6 +179,7 @@ FIRST_ORDER_TERMS: Contract = (
     tensor("log_mass", FLOAT32, "[B, Hq, Cq, Ck + 2]"),
     tensor("block_map", BOOL, "[B, Hq, Cq + 2, Ck + 2]"),
     finite_scale,
+    tensor("residual_of_all", FLOAT32, "[B, Hq, Cq, Dv]"),
 )
 
 BLOCK_SPARSE_ATTENTION: Contract = (

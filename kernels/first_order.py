@@ -11,6 +11,7 @@ and mean value v_j (s: the scale, sums over the keys t of j):
     selected: the largest e_ij / (Z_i^2 n_j) (exp(min(8, u_ij / 2)) + sum_m (P_mj / P_ij)^2 / n_i) of all heads
                                                                                           select_blocks_of_layer
     D_i = sum of skipped j, t: exp(s q_i.k_t) (v_t - v_j) / sum of skipped j: m_ij              first_order_terms
+          the same of all clusters is there before anything is selected                     first_order_estimates
     G = s sum_j sum_t (k_t - c_j) (v_t - v_j)' / N               one matrix per head            first_order_terms
     a skipped j is one key of logit s (q - q_i).c_j + ln m_ij
         and of value v_j + D_i + (q - q_i) G                                                first_order_attention
@@ -32,13 +33,21 @@ __all__ = [
     "cluster_variances",
     "farthest_members",
     "first_order_attention",
+    "first_order_estimates",
     "first_order_terms",
     "select_blocks_of_layer",
+    "starts_from_all_clusters",
 ]
 
 FAR_MEMBERS = 8
 """Queries of a cluster that the selection looks at one by one. 4, 8 and 16 of them leave 0.85, 0.81 and 0.79 of the
 error at 10 % density (docs/quality.md); each costs what one query cluster more would."""
+
+
+def starts_from_all_clusters(device: torch.device) -> bool:
+    """Whether ``first_order_terms`` is to know what all clusters leave out, from ``first_order_estimates``. On a CPU
+    that spares it most keys; on a GPU some query of a tile selects nearly every key, so that nothing is spared."""
+    return device.type == "cpu"
 
 
 @define(contracts.CLUSTER_VARIANCES)
@@ -84,6 +93,30 @@ def block_estimates(
     num_k_clusters = k_centroids.shape[2]
     log_mass = q_centroids.new_empty((batch, q_heads, num_q_clusters, num_k_clusters + 2))
     return log_mass, q_centroids.new_empty((batch, q_heads, num_q_clusters, num_k_clusters))
+
+
+@define(contracts.BLOCK_ESTIMATES)
+def first_order_estimates(
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``block_estimates``, and what the means of all clusters leave out: for ``first_order_terms`` to start from.
+
+    v_centroids are the means of the values of each cluster. Returns log_mass and log_error as ``block_estimates``, and
+
+        residual  float32 [B, Hq, Cq, Dv]  the mean of v_t - v_j over the keys of all clusters, weighted by
+                                           exp(s q_i.k_t): D_i of ``first_order_terms`` if nothing is selected
+
+    It is a sum of sums over blocks that the errors need anyhow.
+    """
+    mass_shape = (*q_centroids.shape[:3], k_centroids.shape[2] + 2)
+    log_mass, log_error = q_centroids.new_empty(mass_shape), q_centroids.new_empty((*mass_shape[:3], mass_shape[3] - 2))
+    return log_mass, log_error, q_centroids.new_empty((*q_centroids.shape[:3], v_centroids.shape[3]))
 
 
 @define(contracts.SELECT_BLOCKS_OF_LAYER)
@@ -134,16 +167,20 @@ def first_order_terms(
     log_mass: Tensor,
     block_map: Tensor,
     scale: float,
+    residual_of_all: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the means of skipped clusters leave out, at a query centroid and next to it.
 
-    The arguments are those of ``block_estimates``, its log_mass, and block_map bool [B, Hq, Cq + 2, Ck + 2]. Returns
+    The arguments are those of ``block_estimates``, its log_mass, and block_map bool [B, Hq, Cq + 2, Ck + 2];
+    residual_of_all float32 [B, Hq, Cq, Dv] as of ``first_order_estimates``. Returns
 
         residual float32 [B, Hq, Cq, Dv]  D_i, the mean of v_t - v_j over the keys of skipped clusters, weighted by
                                           exp(s q_i.k_t); 0 where nothing is skipped
         slope    float32 [B, Hkv, D, Dv]  G = s sum_j sum_t (k_t - c_j) (v_t - v_j)' / N over all N clustered keys
 
-    Both are sums of differences to the means: nothing large cancels.
+    Both are sums of differences to the means: nothing large cancels. Where residual_of_all is known, an implementation
+    may take what selected clusters contribute off it, instead of reading all keys of the skipped ones: for queries that
+    skip so much of their mass that nothing large cancels then either.
     """
     residual = q_centroids.new_empty((*q_centroids.shape[:3], v_centroids.shape[3]))
     return residual, q_centroids.new_empty((*k_centroids.shape[:2], k_centroids.shape[3], v_centroids.shape[3]))

@@ -27,6 +27,7 @@ from svg2_compile.kernels.first_order import (
     cluster_variances,
     farthest_members,
     first_order_attention,
+    first_order_estimates,
     first_order_terms,
     select_blocks_of_layer,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "cluster_variances",
     "farthest_members",
     "first_order_attention",
+    "first_order_estimates",
     "first_order_terms",
     "implementation_for",
     "kmeans",

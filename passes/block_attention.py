@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 
 from svg2_compile.kernels import ops as _ops  # noqa: F401  (registers the svg2:: operators)
-from svg2_compile.kernels.first_order import FAR_MEMBERS
+from svg2_compile.kernels.first_order import FAR_MEMBERS, starts_from_all_clusters
 from svg2_compile.passes.error_guard import emit_density, emit_next_budget, emit_sampled_error
 from svg2_compile.passes.graph.builder import GraphBuilder
 
@@ -94,7 +95,7 @@ class BlockAttention:
         self.errors: fx.Node | None = None
         self.error: fx.Node | None = None
         self.means: tuple[fx.Node, ...] = ()
-        self.estimates: tuple[fx.Node, ...] = ()
+        self.estimates: dict[str, fx.Node] = {}
 
     def emit(self) -> fx.Node:
         """The output [B, H, N, D] in token order."""
@@ -103,7 +104,7 @@ class BlockAttention:
             v_centroids = self.build.call(_svg2.cluster_means.default, *arguments, name="value_centroids")
             self.means = (self.query.centroids, self.key.centroids, v_centroids)
         if self.policy.compensation == "first_order" or self.policy.budget == "layer":
-            self.estimates = self._estimate()
+            self._estimate()
         self.block_map = self._select_of_layer() if self.policy.budget == "layer" else self._select_of_rows()
         attended = self._attend_to_first_order() if self.policy.compensation == "first_order" else self._attend()
         (out,) = self.build.unpack(attended, ["out"])
@@ -119,14 +120,22 @@ class BlockAttention:
         if target is not None and self.budget is not None:
             self.next_budget = emit_next_budget(self.build, self.budget, self.error, target)
 
-    def _estimate(self) -> tuple[fx.Node, ...]:
+    def _estimate(self) -> None:
+        device = self.build.value(self.tokens.key).device
+        whole = self.policy.compensation == "first_order" and starts_from_all_clusters(device)
         estimates = self.build.call(
-            _svg2.block_estimates.default,
+            _svg2.first_order_estimates.default if whole else _svg2.block_estimates.default,
             *(self.tokens.key, self.tokens.value, self.tokens.k_offsets, *self.means, self.scale),
             name="estimates",
         )
-        names = ["log_mass", "log_error"] if self.policy.budget == "layer" else ["log_mass"]
-        return self.build.unpack(estimates, names)
+        wanted = [
+            "log_mass",
+            "log_error" if self.policy.budget == "layer" else None,
+            "residual_of_all" if whole else None,
+        ]
+        for index, name in enumerate(wanted):
+            if name is not None:
+                self.estimates[name] = self.build.call(operator.getitem, estimates, index, name=name)
 
     def _select_of_rows(self) -> fx.Node:
         limits = (self.scale, self.policy.top_p, self.policy.min_k_ratio, self.policy.density)
@@ -147,7 +156,8 @@ class BlockAttention:
             torch.ops.aten.new_full.default, query.centroids, [], self.policy.density, name="budget"
         )
         density = self.budget if self.policy.target_error is None else emit_density(build, self.budget)
-        clusters = (*self.estimates, variances, self.key.centroids, query.sizes, self.tokens.k_offsets)
+        estimates = (self.estimates["log_mass"], self.estimates["log_error"])
+        clusters = (*estimates, variances, self.key.centroids, query.sizes, self.tokens.k_offsets)
         return build.call(
             _svg2.select_blocks_of_layer.default,
             *(*clusters, self.scale, density, far_members),
@@ -165,10 +175,12 @@ class BlockAttention:
         )
 
     def _attend_to_first_order(self) -> fx.Node:
-        tokens, log_mass = self.tokens, self.estimates[0]
+        tokens, log_mass = self.tokens, self.estimates["log_mass"]
         skipped = (*self.means, log_mass, self.block_map, self.scale)
         terms = self.build.call(
-            _svg2.first_order_terms.default, tokens.key, tokens.value, tokens.k_offsets, *skipped, name="terms"
+            _svg2.first_order_terms.default,
+            *(tokens.key, tokens.value, tokens.k_offsets, *skipped, self.estimates.get("residual_of_all")),
+            name="terms",
         )
         residual, slope = self.build.unpack(terms, ["residual", "slope"])
         blocks = (tokens.q_offsets, tokens.k_offsets, self.block_map)

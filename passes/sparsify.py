@@ -21,14 +21,18 @@ With compensation="first_order" and one budget for all heads, the last two lines
     v_centroids = svg2.cluster_means(value, k_offsets)
     q_variances = svg2.cluster_variances(query, q_order, q_offsets, q_centroids)
     far_members = svg2.farthest_members(query, q_order, q_offsets, q_centroids, 8)
-    log_mass, log_error = svg2.block_estimates(key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale)
+    log_mass, log_error, residual_of_all = svg2.first_order_estimates(
+        key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale)
     block_map = svg2.select_blocks_of_layer(
         log_mass, log_error, q_variances, k_centroids, q_sizes, k_offsets, scale, budget, far_members)
     residual, slope = svg2.first_order_terms(
-        key, value, k_offsets, q_centroids, k_centroids, v_centroids, log_mass, block_map, scale)
+        key, value, k_offsets, q_centroids, k_centroids, v_centroids, log_mass, block_map, scale,
+        residual_of_all)
     out = svg2.first_order_attention(
         query, key, value, q_offsets, k_offsets, block_map, scale,
         q_centroids, k_centroids, v_centroids, log_mass, residual, slope, q_order)
+
+On a GPU the estimates are those of svg2.block_estimates, without residual_of_all, which spares nothing there.
 
 Keys and values are permuted once, for all that reads them cluster by cluster. Queries are read, and rows of the result
 written, where they lie: the kernel follows q_order, and neither takes a trip through memory of its own.

@@ -84,6 +84,13 @@ def block_estimates(
     return log_mass, log_error
 
 
+def first_order_estimates(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """These, and nothing known of all clusters: their residual belongs to exact masses."""
+    log_mass, log_error = block_estimates(*arguments)
+    value_dim = arguments[5].shape[3]
+    return log_mass, log_error, log_mass.new_full((*log_mass.shape[:3], value_dim), torch.nan)
+
+
 def select_blocks_of_layer(*arguments: Any) -> Tensor:
     """The CPU's selection, without its last argument where members do not count."""
     return cpu.select_blocks_of_layer(*(arguments if _chosen().members else arguments[:-1]))
@@ -99,8 +106,9 @@ def first_order_terms(
     log_mass: Tensor,
     block_map: Tensor,
     scale: float,
+    residual_of_all: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The CPU's terms with what is left out set to 0."""
+    """The CPU's terms with what is left out set to 0; always summed over what is skipped."""
     means = (q_centroids, k_centroids, v_centroids)
     residual, slope = cpu.first_order_terms(key, value, k_offsets, *means, log_mass, block_map, scale)
     chosen = _chosen()

@@ -32,8 +32,10 @@ def first_order_terms(
     log_mass: Tensor,
     block_map: Tensor,
     scale: float,
+    residual_of_all: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual of every query cluster and slope of every key head; see ``ops.first_order_terms``."""
+    """Residual of every query cluster and slope of every key head; see ``ops.first_order_terms``. residual_of_all is
+    of no use here: products are over tiles of tokens, of which some query selects nearly every one."""
     batch, q_heads, num_q_clusters, head_dim = q_centroids.shape
     kv_heads, num_k_clusters, value_dim = v_centroids.shape[1:]
     residual = q_centroids.new_zeros(batch, q_heads, num_q_clusters, value_dim)

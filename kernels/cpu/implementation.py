@@ -8,7 +8,7 @@ tokens, and leaves all parallelism to ATen's own intra-op threads. Arithmetic is
 
 from svg2_compile.kernels.cpu.attention import block_density, block_sparse_attention
 from svg2_compile.kernels.cpu.cluster import cluster_means, cluster_order, kmeans, permute_tokens, unpermute_tokens
-from svg2_compile.kernels.cpu.estimates import block_estimates
+from svg2_compile.kernels.cpu.estimates import block_estimates, first_order_estimates
 from svg2_compile.kernels.cpu.first_order import first_order_attention, first_order_terms
 from svg2_compile.kernels.cpu.pool import cluster_variances, farthest_members, select_blocks_of_layer
 from svg2_compile.kernels.cpu.sampled_error import sampled_error

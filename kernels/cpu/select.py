@@ -147,6 +147,6 @@ def _log_errors(
         for g in range(num_kv_heads):
             heads = slice(g * group, (g + 1) * group)
             head = KeyHead(key[b, g], value[b, g], k_centroids[b, g], v_centroids[b, g], k_sizes[b, g])
-            _, errors = head_estimates(q_centroids[b, heads].flatten(0, 1), head, scale)
+            _, errors, _ = head_estimates(q_centroids[b, heads].flatten(0, 1), head, scale)
             result[b, heads] = errors.view(group, num_q_clusters, num_k_clusters)
     return result

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.reference.cluster import by_cluster, by_token
+from svg2_compile.kernels.reference.pool import block_estimates
 
 
 def _clusters(tokens: Tensor, bounds: list[int], compute_dtype: torch.dtype) -> list[Tensor]:
@@ -31,10 +32,12 @@ def first_order_terms(
     log_mass: Tensor,
     block_map: Tensor,
     scale: float,
+    residual_of_all: Tensor | None = None,
     *,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Residual of every query cluster and slope of every key head; see ``ops.first_order_terms``."""
+    """Residual of every query cluster and slope of every key head; see ``ops.first_order_terms``. Always by its
+    definition, whatever is known of all clusters."""
     batch, q_heads, num_q_clusters, _ = q_centroids.shape
     kv_heads, _, value_dim = v_centroids.shape[1:]
     residual = q_centroids.new_zeros(batch, q_heads, num_q_clusters, value_dim, dtype=compute_dtype)
@@ -58,6 +61,26 @@ def first_order_terms(
                     for j in skipped:
                         residual[b, h, i] += torch.exp(scale * (keys[j] @ centroid) - total) @ spreads[j]
     return residual.to(torch.float32), slope.to(torch.float32)
+
+
+def first_order_estimates(
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    scale: float,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masses, errors and the residual if nothing is selected; see ``ops.first_order_estimates``."""
+    clustered = (key, value, k_offsets, q_centroids, k_centroids, v_centroids)
+    log_mass, log_error = block_estimates(*clustered, scale, compute_dtype=compute_dtype)
+    rows, columns = log_mass.shape[2] + 2, log_mass.shape[3]
+    nothing = torch.zeros(*log_mass.shape[:2], rows, columns, dtype=torch.bool)
+    residual, _ = first_order_terms(*clustered, log_mass, nothing, scale, compute_dtype=compute_dtype)
+    return log_mass, log_error, residual
 
 
 def first_order_attention(

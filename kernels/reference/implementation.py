@@ -15,7 +15,11 @@ from svg2_compile.kernels.reference.cluster import (
     permute_tokens,
     unpermute_tokens,
 )
-from svg2_compile.kernels.reference.first_order import first_order_attention, first_order_terms
+from svg2_compile.kernels.reference.first_order import (
+    first_order_attention,
+    first_order_estimates,
+    first_order_terms,
+)
 from svg2_compile.kernels.reference.pool import (
     block_estimates,
     cluster_variances,

@@ -13,4 +13,4 @@ from svg2_compile.kernels.triton.permute import permute_tokens, unpermute_tokens
 from svg2_compile.kernels.triton.pool import select_blocks_of_layer
 from svg2_compile.kernels.triton.sampled_error import sampled_error
 from svg2_compile.kernels.triton.select import select_blocks, select_blocks_by_error
-from svg2_compile.kernels.triton.terms import first_order_terms
+from svg2_compile.kernels.triton.terms import first_order_estimates, first_order_terms

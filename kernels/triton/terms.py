@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg2_compile.kernels.triton.error import block_estimates
 from svg2_compile.kernels.triton.launch import chunks, device_of, padded, require_head_dim, row_strides, rows_dense
 from svg2_compile.kernels.triton.plan import label_keys
 from svg2_compile.kernels.triton.primitives import LOG2_E, head_base, kv_group_of, load_rows
 
-__all__ = ["first_order_terms"]
+__all__ = ["first_order_estimates", "first_order_terms"]
 
 STRETCHES = 8
 
@@ -98,6 +99,25 @@ def _slopes(
     tl.store(partial + place, total, mask=(dim[:, None] < WIDTH) & (column[None, :] < VALUE_WIDTH))
 
 
+def first_order_estimates(
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masses, errors and the residual if nothing is selected; see ``ops.first_order_estimates``. Graphs for a GPU do
+    not ask for it: this serves those that were made for a CPU."""
+    clustered = (key, value, k_offsets, q_centroids, k_centroids, v_centroids)
+    log_mass, log_error = block_estimates(*clustered, scale)
+    rows, columns = log_mass.shape[2] + 2, log_mass.shape[3]
+    nothing = log_mass.new_zeros((*log_mass.shape[:2], rows, columns), dtype=torch.bool)
+    residual, _ = first_order_terms(*clustered, log_mass, nothing, scale)
+    return log_mass, log_error, residual
+
+
 def first_order_terms(
     key: Tensor,
     value: Tensor,
@@ -108,8 +128,10 @@ def first_order_terms(
     log_mass: Tensor,
     block_map: Tensor,
     scale: float,
+    residual_of_all: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual of every query cluster and slope of every key head; see ``ops.first_order_terms``."""
+    """Residual of every query cluster and slope of every key head; see ``ops.first_order_terms``. residual_of_all is
+    of no use here: in a tile of query clusters, some one selects nearly every key."""
     require_head_dim("first_order_terms", key.shape[3], value.shape[3])
     batch, q_heads, num_q_clusters, width = q_centroids.shape
     kv_heads, num_k_clusters, value_width = v_centroids.shape[1:]

@@ -10,7 +10,7 @@ import torch
 from svg2_compile.kernels import ops
 from svg2_compile.kernels.reference import implementation as reference
 from tests.gpu.support import moved, poisoned, score_slack, sized
-from tests.kernels.first_order_cases import F64, attention_answers, check_estimates, check_terms
+from tests.kernels.first_order_cases import F64, attention_answers, check_estimates, check_residual, check_terms
 from tests.kernels.helpers import EDGE_SHAPES, FirstOrder, assert_within_budget, make_problem
 
 # Weights and differences to means are rounded to TF32 for 16-bit tokens, and query centroids as well.
@@ -29,8 +29,11 @@ def check(case: FirstOrder, device: torch.device) -> None:
     precise = case.problem.query.dtype == torch.float32
     log_mass, log_error = poisoned(device, ops.block_estimates, *moved(case.estimate_args, device))
     check_estimates(case, log_mass.cpu(), log_error.cpu(), mass_roundings=64.0 if precise else 64 * TF32 * 2**24)
+    unit = 2.0**-22 if precise else 2 * TF32
+    of_all = poisoned(device, ops.first_order_estimates, *moved(case.estimate_args, device))[2]
+    check_residual(case, of_all.cpu(), case.residual_of_all, unit)
     residual, slope = poisoned(device, ops.first_order_terms, *moved(case.term_args, device))
-    check_terms(case, residual.cpu(), slope.cpu(), unit=2.0**-22 if precise else 2 * TF32)
+    check_terms(case, residual.cpu(), slope.cpu(), unit)
     exact, exact_lse, _ = attention_answers(case)
     eager, _ = reference.first_order_attention(*case.attention_args, compute_dtype=case.problem.query.dtype)
     out, lse = poisoned(device, ops.first_order_attention, *moved(case.attention_args, device))

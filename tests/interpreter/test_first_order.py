@@ -11,7 +11,7 @@ import torch
 
 from svg2_compile.kernels.reference import implementation as reference
 from svg2_compile.kernels.triton import implementation, launch
-from tests.kernels.first_order_cases import F64, attention_answers, check_estimates, check_terms
+from tests.kernels.first_order_cases import F64, attention_answers, check_estimates, check_residual, check_terms
 from tests.kernels.helpers import FirstOrder, assert_within_budget, make_problem
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -43,7 +43,8 @@ def check_attention(case: FirstOrder, roundings: float = 16.0) -> None:
 
 def check_all(case: FirstOrder) -> None:
     check_estimates(case, *implementation.block_estimates(*case.estimate_args))
-    check_terms(case, *implementation.first_order_terms(*case.term_args))
+    check_residual(case, implementation.first_order_estimates(*case.estimate_args)[2], case.residual_of_all)
+    check_terms(case, *implementation.first_order_terms(*(*case.term_args, case.residual_of_all)))
     check_attention(case)
 
 

@@ -58,14 +58,20 @@ def check_estimates(case: FirstOrder, log_mass: Tensor, log_error: Tensor, mass_
     torch.testing.assert_close(log_error[certain], case.log_error[certain], rtol=1e-4, atol=0.05)
 
 
+def check_residual(case: FirstOrder, residual: Tensor, exact: Tensor, unit: float = 2.0**-24) -> None:
+    """To roundings of the values that it is a sum of."""
+    of_values = 2 * float(case.problem.value.double().abs().max()) if case.problem.value.numel() else 0.0
+    torch.testing.assert_close(residual, exact, rtol=0, atol=16 * unit * magnitude(case) * of_values)
+
+
 def check_terms(case: FirstOrder, residual: Tensor, slope: Tensor, unit: float = 2.0**-24) -> None:
     """Both to roundings of what they are sums of: values, and products of values with keys."""
     problem = case.problem
     if not problem.value.numel():
         assert not bool(residual.any()) and not bool(slope.any())
         return
+    check_residual(case, residual, case.residual, unit)
     of_values, of_keys = (2 * float(x.double().abs().max()) for x in (problem.value, problem.key))
-    torch.testing.assert_close(residual, case.residual, rtol=0, atol=16 * unit * magnitude(case) * of_values)
     torch.testing.assert_close(slope, case.slope, rtol=0, atol=16 * unit * of_values * of_keys * problem.scale)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels import ops
-from svg2_compile.kernels.first_order import FAR_MEMBERS
+from svg2_compile.kernels.first_order import FAR_MEMBERS, starts_from_all_clusters
 from svg2_compile.kernels.reference import implementation as reference
 
 # What one rounding of the result costs, relative to its size, in each dtype.
@@ -125,6 +125,7 @@ class FirstOrder:
     far_members: Tensor
     log_mass: Tensor
     log_error: Tensor
+    residual_of_all: Tensor
     residual: Tensor
     slope: Tensor
 
@@ -138,7 +139,7 @@ class FirstOrder:
         far_members = reference.farthest_members(*queries, 3, compute_dtype=torch.float64)
         means = (q_centroids, problem.k_centroids, problem.v_centroids)
         tokens = (problem.key, problem.value, problem.k_offsets)
-        estimates = reference.block_estimates(*tokens, *means, problem.scale, compute_dtype=torch.float64)
+        estimates = reference.first_order_estimates(*tokens, *means, problem.scale, compute_dtype=torch.float64)
         terms = reference.first_order_terms(
             *tokens, *means, estimates[0], problem.block_map, problem.scale, compute_dtype=torch.float64
         )
@@ -195,12 +196,13 @@ def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
         "cluster_variances": [(x, order, offsets, q_centroids), (x.bfloat16(), order, offsets, q_centroids)],
         "farthest_members": [(x, order, offsets, q_centroids, 3), (x.bfloat16(), order, offsets, q_centroids, 1)],
         "block_estimates": [first_order.estimate_args],
+        "first_order_estimates": [first_order.estimate_args],
         "select_blocks_of_layer": [
             first_order.select_args(0.3),
             first_order.select_args(0.3, members=False),
             first_order.select_args(1.0),
         ],
-        "first_order_terms": [first_order.term_args],
+        "first_order_terms": [first_order.term_args, (*first_order.term_args, first_order.residual_of_all)],
         "first_order_attention": [
             first_order.attention_args,
             (*first_order.attention_args, order, order[:, :2], 64),
@@ -268,13 +270,15 @@ def attention_pipeline(
     if first_order:
         q_means = (q_centroids, k_centroids, v_centroids)
         q_variances = ops.cluster_variances(query, q_order, q_offsets, q_centroids)
-        log_mass, log_error = ops.block_estimates(k, v, k_offsets, *q_means, scale)
+        from_all = starts_from_all_clusters(key.device)
+        estimate = ops.first_order_estimates if from_all else ops.block_estimates
+        log_mass, log_error, *of_all = estimate(k, v, k_offsets, *q_means, scale)
         budget = torch.full((), 1.0 if density is None else density, device=query.device)
         estimates = (log_mass, log_error, q_variances)
         far_members = ops.farthest_members(query, q_order, q_offsets, q_centroids, FAR_MEMBERS)
         sizes = (q_sizes, k_offsets)
         block_map = ops.select_blocks_of_layer(*estimates, k_centroids, *sizes, scale, budget, far_members)
-        terms = ops.first_order_terms(k, v, k_offsets, *q_means, log_mass, block_map, scale)
+        terms = ops.first_order_terms(k, v, k_offsets, *q_means, log_mass, block_map, scale, *of_all)
         tokens = (query, k, v, *blocks, block_map, scale)
         return ops.first_order_attention(*tokens, *q_means, log_mass, *terms, q_order)[0], block_map
     if by_error:

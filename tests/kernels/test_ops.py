@@ -36,10 +36,13 @@ SCHEMAS = {
     "farthest_members": "(Tensor x, Tensor order, Tensor offsets, Tensor centroids, SymInt count) -> Tensor",
     "block_estimates": "(Tensor key, Tensor value, Tensor k_offsets, Tensor q_centroids, Tensor k_centroids,"
     " Tensor v_centroids, float scale) -> (Tensor, Tensor)",
+    "first_order_estimates": "(Tensor key, Tensor value, Tensor k_offsets, Tensor q_centroids, Tensor k_centroids,"
+    " Tensor v_centroids, float scale) -> (Tensor, Tensor, Tensor)",
     "select_blocks_of_layer": "(Tensor log_mass, Tensor log_error, Tensor q_variances, Tensor k_centroids,"
     " Tensor q_sizes, Tensor k_offsets, float scale, Tensor density, Tensor? far_members=None) -> Tensor",
     "first_order_terms": "(Tensor key, Tensor value, Tensor k_offsets, Tensor q_centroids, Tensor k_centroids,"
-    " Tensor v_centroids, Tensor log_mass, Tensor block_map, float scale) -> (Tensor, Tensor)",
+    " Tensor v_centroids, Tensor log_mass, Tensor block_map, float scale, Tensor? residual_of_all=None)"
+    " -> (Tensor, Tensor)",
     "first_order_attention": "(Tensor query, Tensor key, Tensor value, Tensor q_offsets, Tensor k_offsets,"
     " Tensor block_map, float scale, Tensor q_centroids, Tensor k_centroids, Tensor v_centroids, Tensor log_mass,"
     " Tensor residual, Tensor slope, Tensor? q_order=None, Tensor? k_order=None, SymInt workspace_mb=256)"

@@ -44,7 +44,7 @@ FIRST_ORDER_COUNTS = {
     "cluster_means": 1,
     "cluster_variances": 1,
     "farthest_members": 1,
-    "block_estimates": 1,
+    "first_order_estimates": 1,
     "select_blocks": 0,
     "select_blocks_of_layer": 1,
     "first_order_terms": 1,
@@ -53,16 +53,19 @@ FIRST_ORDER_COUNTS = {
 }
 FIRST_ORDER_GOLDEN = """\
 value_centroids = cluster_means(value_permuted, key_offsets)
-estimates = block_estimates(key_permuted, value_permuted, key_offsets, query_centroids, key_centroids, value_centroids)
+estimates = first_order_estimates(
+    key_permuted, value_permuted, key_offsets, query_centroids, key_centroids, value_centroids)
 log_mass = getitem(estimates)
 log_error = getitem(estimates)
+residual_of_all = getitem(estimates)
 query_variances = cluster_variances(getitem, query_order, query_offsets, query_centroids)
 far_members = farthest_members(getitem, query_order, query_offsets, query_centroids)
 budget = new_full(query_centroids)
 block_map = select_blocks_of_layer(
     log_mass, log_error, query_variances, key_centroids, query_sizes, key_offsets, budget, far_members)
 terms = first_order_terms(
-    key_permuted, value_permuted, key_offsets, query_centroids, key_centroids, value_centroids, log_mass, block_map)
+    key_permuted, value_permuted, key_offsets, query_centroids, key_centroids, value_centroids, log_mass, block_map, \
+residual_of_all)
 residual = getitem(terms)
 slope = getitem(terms)
 attended = first_order_attention(
@@ -109,13 +112,14 @@ def _qkv(gm):
         ),
         (
             {"compensation": "first_order", "routing": "error"},
-            {"cluster_means": 1, "block_estimates": 1, "select_blocks": 0, "select_blocks_by_error": 1,
+            {"cluster_means": 1, "first_order_estimates": 1, "select_blocks": 0, "select_blocks_by_error": 1,
              "first_order_terms": 1, "block_sparse_attention": 0, "first_order_attention": 1},
         ),
         ({**FIRST_ORDER}, FIRST_ORDER_COUNTS),
         (
             {**FIRST_ORDER, "compensation": "centroid"},
-            {**FIRST_ORDER_COUNTS, "first_order_terms": 0, "first_order_attention": 0, "block_sparse_attention": 1},
+            {**FIRST_ORDER_COUNTS, "first_order_estimates": 0, "block_estimates": 1, "first_order_terms": 0,
+             "first_order_attention": 0, "block_sparse_attention": 1},
         ),
     ],
 )  # fmt: skip

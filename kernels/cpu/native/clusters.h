@@ -22,11 +22,13 @@ struct ClustersCall {
     float* error;  // [B, Hq, Cq, Ck]: its logarithm
     const float* log_mass;  // [B, Hq, Cq, Ck + 2]
     const uint8_t* block_map;  // [B, Hq, Cq + 2, Ck + 2]
-    float* residual;  // [B, Hq, Cq, Dv]
+    const float* residual_of_all;  // [B, Hq, Cq, Dv] or null
+    float* residual;  // [B, Hq, Cq, Dv]; of all clusters where it is asked for with the estimates, else null
+    float* residual_sums;  // [B, Hkv, parts, Hq / Hkv * Cq, Dv], for the estimates Dv + 2: workspace
     float* slope_sums;  // [B, Hkv, parts, D, Dv]: workspace
     float* slope;  // [B, Hkv, D, Dv]
     double scale;
-    int64_t batch, q_heads, kv_heads, dim, value_dim, q_clusters, k_clusters, slope_parts, threads;
+    int64_t batch, q_heads, kv_heads, dim, value_dim, q_clusters, k_clusters, parts, threads;
 
     // Queries that share a key head lie one after another.
     int64_t queries() const { return q_heads / kv_heads * q_clusters; }
@@ -76,19 +78,30 @@ class Cluster {
             block.keys[i] = i < block.count ? key : zeros_;
             block.values[i] = i < block.count ? value : zeros_;
             if (i >= block.count) continue;
-            const int64_t token = first(cluster) + at + i;
-            read_row(call_.key.row(b, g, token), call_.key.type, call_.dim, key);
-            read_row(call_.value.row(b, g, token), call_.value.type, call_.value_dim, value);
-            if (key_differences_) subtract(key_mean(cluster), call_.dim, key);
-            subtract(value_mean(cluster), call_.value_dim, value);
+            const int64_t token = first(cluster) + at + i, ahead = token + KEYS_PER_BLOCK;
+            if (ahead < first(call_.k_clusters)) {
+                prefetch(call_.key.row(b, g, ahead), call_.dim * call_.key.bytes_per_element());
+                prefetch(call_.value.row(b, g, ahead), call_.value_dim * call_.value.bytes_per_element());
+            }
+            const float* row = as_floats(call_.key.row(b, g, token), call_.key.type, call_.dim, key);
+            if (key_differences_) subtract(row, key_mean(cluster), call_.dim, key);
+            else block.keys[i] = row;
+            row = as_floats(call_.value.row(b, g, token), call_.value.type, call_.value_dim, value);
+            subtract(row, value_mean(cluster), call_.value_dim, value);
             std::fill(value + call_.value_dim, value + columns_, 0.0f);
         }
         return block;
     }
 
   private:
-    static void subtract(const float* mean, int64_t length, float* row) {
-        for (int64_t d = 0; d < length; ++d) row[d] -= mean[d];
+    // A row where it is, or read into `room`.
+    static const float* as_floats(const char* row, int64_t type, int64_t length, float* room) {
+        if (type == FLOAT32) return (const float*)row;
+        read_row(row, type, length, room);
+        return room;
+    }
+    static void subtract(const float* row, const float* mean, int64_t length, float* to) {
+        for (int64_t d = 0; d < length; ++d) to[d] = row[d] - mean[d];
     }
 
     const ClustersCall& call_;
@@ -115,6 +128,12 @@ struct QueryStrip {
 template <class T>
 T* rows_of_head(T* tensor, const ClustersCall& call, int64_t kv_row, int64_t length) {
     return tensor + kv_row * call.queries() * length;
+}
+
+// What a query of a key head selects, [Ck + 2].
+inline const uint8_t* map_row(const ClustersCall& call, int64_t kv_row, int64_t query) {
+    const int64_t q_row = kv_row * (call.q_heads / call.kv_heads) + query / call.q_clusters;
+    return call.block_map + (q_row * (call.q_clusters + 2) + query % call.q_clusters) * (call.k_clusters + 2);
 }
 
 inline QueryStrip read_strip(const ClustersCall& call, int64_t kv_row, int64_t first, int most_vectors, float* by_row, float* to) {

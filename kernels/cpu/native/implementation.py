@@ -4,7 +4,7 @@
 
 from svg2_compile.kernels.cpu.attention import block_density
 from svg2_compile.kernels.cpu.native.attention import block_sparse_attention, first_order_attention
-from svg2_compile.kernels.cpu.native.clusters import block_estimates, first_order_terms
+from svg2_compile.kernels.cpu.native.clusters import block_estimates, first_order_estimates, first_order_terms
 from svg2_compile.kernels.cpu.native.kmeans import kmeans
 from svg2_compile.kernels.cpu.native.select import select_blocks_by_error, select_blocks_of_layer
 from svg2_compile.kernels.cpu.native.tokens import (

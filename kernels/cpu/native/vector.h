@@ -27,6 +27,8 @@ typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(LANES * sizeof(float))));
 
 #define SVG2_INLINE inline __attribute__((always_inline))
+// A function of its own: in the middle of a larger one, the compiler keeps sums in memory and not in registers.
+#define SVG2_OUTLINE __attribute__((noinline))
 #if defined(__clang__)
 #define SVG2_UNROLL _Pragma("clang loop unroll(full)")
 #else

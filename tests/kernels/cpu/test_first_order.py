@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from svg2_compile.kernels.cpu import first_order as cpu_first_order
 from svg2_compile.kernels.reference import implementation as reference
 from svg2_compile.kernels.tuning.lookup import override
-from tests.kernels.first_order_cases import F64, SHAPES, attention_answers, check_estimates, check_terms
+from tests.kernels.first_order_cases import F64, SHAPES, attention_answers, check_estimates, check_residual, check_terms
 from tests.kernels.helpers import FirstOrder, assert_within_budget, make_problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,8 +34,15 @@ def check_attention(cpu: ModuleType, case: FirstOrder) -> None:
 
 
 def check_all(cpu: ModuleType, case: FirstOrder) -> None:
-    check_estimates(case, *cpu.block_estimates(*case.estimate_args))
+    estimates = cpu.block_estimates(*case.estimate_args)
+    check_estimates(case, *estimates)
+    *same, of_all = cpu.first_order_estimates(*case.estimate_args)
+    torch.testing.assert_close(tuple(same), estimates, rtol=0, atol=0, equal_nan=True)
+    check_residual(case, of_all, case.residual_of_all)
     check_terms(case, *cpu.first_order_terms(*case.term_args))
+    # A row is taken off what all clusters leave out if it skips a 64th of its mass or more.
+    residual, slope = cpu.first_order_terms(*(*case.term_args, of_all))
+    check_terms(case, residual, slope, unit=64 * 2.0**-24)
     check_attention(cpu, case)
 
 
@@ -123,6 +131,38 @@ def test_masked_garbage_is_never_read(cpu: ModuleType) -> None:
     again = cpu.block_estimates(*case.estimate_args), cpu.first_order_terms(*case.term_args)
     torch.testing.assert_close(again, clean, rtol=0, atol=0)
     torch.testing.assert_close(cpu.first_order_attention(*case.attention_args), attended, rtol=0, atol=0)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 10_000),
+    num_keys=st.integers(5, 300),
+    num_k_clusters=st.integers(1, 20),
+    num_q_clusters=st.integers(1, 6),
+    head_dim=st.integers(1, 24),
+    input_scale=st.sampled_from([1.0, 4.0]),
+    keep=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+)
+def test_at_their_centroid_queries_get_dense_attention(cpu: ModuleType, **shape: Any) -> None:
+    """With what is computed here from end to end, in float32: nothing is lost in what is taken off."""
+    problem = make_problem(num_queries=60, q_heads=2, kv_heads=1, **shape)
+    problem.block_map[..., -2] = True  # the context is attended by everybody
+    q_centroids = reference.cluster_means(problem.query, problem.q_offsets)
+    for head in range(2):
+        begins = problem.q_offsets[0, head].tolist()
+        for i, (begin, end) in enumerate(itertools.pairwise(begins[:-2])):
+            problem.query[0, head, begin:end] = q_centroids[0, head, i]
+    means = (q_centroids, problem.k_centroids, problem.v_centroids)
+    tokens = (problem.key, problem.value, problem.k_offsets)
+    log_mass, _, of_all = cpu.first_order_estimates(*tokens, *means, problem.scale)
+    terms = cpu.first_order_terms(*tokens, *means, log_mass, problem.block_map, problem.scale, of_all)
+    out, _ = cpu.first_order_attention(*problem.args()[:7], *means, log_mass, *terms)
+    slack = 32 * max(1.0, float(log_mass.abs().nan_to_num(0, 0, 0).max()))
+    for head in range(2):
+        end, clustered = int(problem.k_offsets[0, 0, -2]), slice(0, int(problem.q_offsets[0, head, -3]))
+        key, value = problem.key[0, 0, :end].double(), problem.value[0, 0, :end].double()
+        exact = torch.softmax(problem.scale * (problem.query[0, head, clustered].double() @ key.T), dim=-1) @ value
+        assert_within_budget(out[0, head, clustered], exact, roundings=slack)
 
 
 def clustered_at_random() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

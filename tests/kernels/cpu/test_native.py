@@ -159,9 +159,9 @@ def large_arguments() -> dict[str, tuple[Any, ...]]:
         "cluster_means": (problem.query, offsets),
         "cluster_variances": (problem.query, order, offsets, case.q_centroids),
         "farthest_members": (problem.query, order, offsets, case.q_centroids, 5),
-        "block_estimates": case.estimate_args,
+        "first_order_estimates": case.estimate_args,
         "select_blocks_of_layer": case.select_args(0.3),
-        "first_order_terms": case.term_args,
+        "first_order_terms": (*case.term_args, case.residual_of_all),
         "block_sparse_attention": problem.args(True),
         "first_order_attention": case.attention_args,
     }
@@ -180,6 +180,26 @@ def test_native_results_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch
         torch.set_num_threads(before)
     for threads in (2, 5, 16):
         torch.testing.assert_close(results[threads], results[1], rtol=0, atol=0, equal_nan=True)
+
+
+@NEEDS_NATIVE
+def test_what_selected_clusters_leave_out_is_taken_off_where_that_is_known_and_safe() -> None:
+    """Of all queries that skip at least a 64th of their mass and more than half of the keys; of others, nothing is
+    believed of what is said about all clusters."""
+    case = FirstOrder.of(make_problem(num_queries=200, num_keys=900, num_q_clusters=20, num_k_clusters=30, keep=0.3))
+    block_map, k_sizes = case.problem.block_map[..., :20, :30], case.problem.k_offsets.diff(dim=-1)[..., None, :30]
+    case.log_mass[0, 0, 0, :30].masked_fill_(~block_map[0, 0, 0], -20.0)  # skips next to nothing of its mass
+    mass = case.log_mass[..., :30]
+    skipped = mass.masked_fill(block_map, -math.inf).logsumexp(-1) - mass.logsumexp(-1)
+    mostly = (k_sizes * ~block_map).sum(-1) > (k_sizes * block_map).sum(-1)
+    taken_off = mostly & (skipped >= -math.log(64))
+    assert bool(taken_off.any()) and not bool(taken_off.all()) and not bool(taken_off[0, 0, 0])
+    direct, _ = native_ops.first_order_terms(*case.term_args)
+    raised, _ = native_ops.first_order_terms(*(*case.term_args, case.residual_of_all + 1))
+    by = torch.where(taken_off, torch.exp(-skipped), 0.0).unsqueeze(-1)
+    torch.testing.assert_close(raised, direct + by, rtol=1e-4, atol=1e-4)
+    unknown, _ = native_ops.first_order_terms(*(*case.term_args, torch.full_like(direct, math.nan)))
+    torch.testing.assert_close(unknown, direct, rtol=0, atol=0)
 
 
 @NEEDS_NATIVE
