@@ -39,7 +39,7 @@ struct SelectCall {
 
 constexpr float MAX_LOG_BOOST = 8.0f;
 constexpr int64_t BINS = 1 << 16;
-constexpr int64_t ROWS_PER_ITEM = 8;  // of one head, for which its keys are turned around once
+constexpr int64_t ROWS_PER_ITEM = 8;
 constexpr int64_t MEMBERS_AT_ONCE = 4;
 constexpr float NOTHING = -__builtin_inff();  // priority of what is not to be selected
 
@@ -62,28 +62,31 @@ Vec exp_of(Vec x) {
 // -inf.
 struct Ratings {
     int64_t width;
-    float *keys;  // [D, width]
-    float *mass, *boost, *squares, *logits;  // [width], the last [MEMBERS_AT_ONCE, width]
+    const float *keys, *log_sizes;  // [D, width] and [width] of the head, as turn_keys made them
+    float *mass, *boost, *squares, *logits, *means;  // [width], logits [MEMBERS_AT_ONCE, width], means [D]
 
     static int64_t floats(const SelectCall& call) {
-        return (call.dim + 3 + MEMBERS_AT_ONCE) * padded(call.k_clusters);
+        return (3 + MEMBERS_AT_ONCE) * padded(call.k_clusters) + call.dim;
     }
-    Ratings(const SelectCall& call, float* memory) : width(padded(call.k_clusters)), keys(memory) {
-        mass = keys + call.dim * width;
+    Ratings(const SelectCall& call, const float* keys, float* memory) : width(padded(call.k_clusters)), keys(keys) {
+        log_sizes = keys + call.dim * width;
+        mass = memory;
         boost = mass + width;
         squares = boost + width;
         logits = squares + width;
+        means = logits + MEMBERS_AT_ONCE * width;
     }
 };
 
-void turn_keys(const SelectCall& call, int64_t b, int64_t row, Ratings& work) {
-    const float* keys = call.k_centroids + call.kv_row(b, row) * call.k_clusters * call.dim;
-    const int32_t* bounds = call.bounds(b, row);
-    for (int64_t d = 0; d < call.dim; ++d) {
-        for (int64_t j = 0; j < work.width; ++j) {
-            const bool filled = j < call.k_clusters && bounds[j + 1] > bounds[j];
-            work.keys[d * work.width + j] = filled ? keys[j * call.dim + d] : 0.0f;
-        }
+// The mean keys of one key head side by side, and ln n_j: turned [D + 1, width], which is 0. What belongs to no key stays so.
+void turn_keys(const SelectCall& call, int64_t kv_row, float* turned) {
+    const float* keys = call.k_centroids + kv_row * call.k_clusters * call.dim;
+    const int32_t* bounds = call.k_offsets + kv_row * (call.k_clusters + 3);
+    const int64_t width = padded(call.k_clusters);
+    for (int64_t j = 0; j < call.k_clusters; ++j) {
+        if (bounds[j + 1] == bounds[j]) continue;
+        for (int64_t d = 0; d < call.dim; ++d) turned[d * width + j] = keys[j * call.dim + d];
+        turned[call.dim * width + j] = std::log((float)(bounds[j + 1] - bounds[j]));
     }
 }
 
@@ -102,26 +105,43 @@ float log_mass_of_clusters(const Ratings& work) {
     return largest + std::log(sum_of(sum));
 }
 
+// Means of COUNT dimensions of the keys from the d-th on, weighted by squares.
+template <int COUNT>
+void mean_keys(int64_t d, Ratings& work) {
+    Vec weighted[COUNT] = {};
+    for (int64_t j = 0; j < work.width; j += LANES) {
+        const Vec weight = load(work.squares + j);
+        SVG2_UNROLL for (int i = 0; i < COUNT; ++i) weighted[i] += load(work.keys + (d + i) * work.width + j) * weight;
+    }
+    for (int i = 0; i < COUNT; ++i) work.means[d + i] = sum_of(weighted[i]);
+}
+
+// boost of VECTORS vectors of clusters from the j-th on: half times the sum over d of variance_d (key_d - mean_d)^2, up to 8.
+template <int VECTORS>
+void boost_by_variance(const float* variance, int64_t dim, float half, int64_t j, Ratings& work) {
+    Vec boost[VECTORS] = {};
+    for (int64_t d = 0; d < dim; ++d) {
+        const float *keys = work.keys + d * work.width + j, mean = work.means[d];
+        SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) {
+            const Vec away = load(keys + v * LANES) - mean;
+            boost[v] += variance[d] * away * away;
+        }
+    }
+    SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) {
+        store(work.boost + j + v * LANES, -larger(-(boost[v] * half), broadcast(-MAX_LOG_BOOST)));
+    }
+}
+
 // boost = min(8, s^2 / 2 sum_d variance_d (key_d - mean_d)^2), the mean weighted by the masses.
 void boost_by_variance(const SelectCall& call, int64_t q_row, float of_clusters, Ratings& work) {
     const float* variance = call.q_variances + q_row * call.dim;
     const float half = (float)(0.5 * call.scale * call.scale);
-    std::memset(work.boost, 0, work.width * sizeof(float));
     for (int64_t j = 0; j < work.width; j += LANES) store(work.squares + j, exp_of(load(work.mass + j) - of_clusters));
-    for (int64_t d = 0; d < call.dim; ++d) {
-        const float* keys = work.keys + d * work.width;
-        Vec weighted{};
-        for (int64_t j = 0; j < work.width; j += LANES) weighted += load(keys + j) * load(work.squares + j);
-        const float mean = sum_of(weighted);
-        for (int64_t j = 0; j < work.width; j += LANES) {
-            const Vec away = load(keys + j) - mean;
-            store(work.boost + j, load(work.boost + j) + variance[d] * away * away);
-        }
-    }
-    for (int64_t j = 0; j < work.width; j += LANES) {
-        const Vec boost = load(work.boost + j) * half;
-        store(work.boost + j, -larger(-boost, broadcast(-MAX_LOG_BOOST)));
-    }
+    int64_t d = 0, j = 0;
+    for (; d + 4 <= call.dim; d += 4) mean_keys<4>(d, work);
+    for (; d < call.dim; ++d) mean_keys<1>(d, work);
+    for (; j + 4 * LANES <= work.width; j += 4 * LANES) boost_by_variance<4>(variance, call.dim, half, j, work);
+    for (; j < work.width; j += LANES) boost_by_variance<1>(variance, call.dim, half, j, work);
 }
 
 // logits [members, width] = s (q_m - q_i).c_j, of COUNT members from the first on and VECTORS vectors of clusters at a time.
@@ -217,18 +237,16 @@ void rate_row(const SelectCall& call, int64_t b, int64_t row, Ratings& work) {
     boost_by_variance(call, q_row, of_clusters, work);
     if (call.far_members) boost_by_members(call, q_row, mass[count], log_row, work);
     for (int64_t j = 0; j < count; ++j) {
-        const int64_t size = bounds[j + 1] - bounds[j];
         priority[j] = NOTHING;
-        if (size > 0) priority[j] = error[j] - 2.0f * log_row - std::log((float)size) + work.boost[j];
+        if (bounds[j + 1] > bounds[j]) priority[j] = error[j] - 2.0f * log_row - work.log_sizes[j] + work.boost[j];
     }
 }
 
-// Rows of one head, from `first` on.
-void rate_rows(const SelectCall& call, int64_t head, int64_t first, float* memory) {
-    Ratings work(call, memory);
+// Rows of one head, from `first` on. turned: the mean keys of all key heads.
+void rate_rows(const SelectCall& call, int64_t head, int64_t first, const float* turned, float* memory) {
     const int64_t b = head / call.q_heads, row = head % call.q_heads * call.q_clusters;
     const int64_t last = std::min(first + ROWS_PER_ITEM, call.q_clusters);
-    turn_keys(call, b, row, work);
+    Ratings work(call, turned + call.kv_row(b, row) * (call.dim + 1) * padded(call.k_clusters), memory);
     for (int64_t i = first; i < last; ++i) rate_row(call, b, row + i, work);
 }
 
@@ -307,10 +325,15 @@ SVG2_EXPORT int64_t svg2_select(const svg2::SelectCall* call) {
         const svg2::Workspace workspace(call->threads, svg2::Ratings::floats(*call));
         if (workspace.missing()) return 1;
         const int64_t per_head = (call->q_clusters + svg2::ROWS_PER_ITEM - 1) / svg2::ROWS_PER_ITEM;
-        const int64_t items = call->batch * call->q_heads * per_head;
+        const int64_t items = call->batch * call->q_heads * per_head, kv_heads = call->batch * call->kv_heads;
+        const int64_t of_head = (call->dim + 1) * svg2::padded(call->k_clusters);
+        std::vector<float> turned(kv_heads * of_head);
+        svg2::for_each_item(kv_heads, call->threads, [&](int64_t kv_row, int64_t) {
+            svg2::turn_keys(*call, kv_row, turned.data() + kv_row * of_head);
+        });
         svg2::for_each_item(items, call->threads, [&](int64_t item, int64_t thread) {
             const int64_t first = item % per_head * svg2::ROWS_PER_ITEM;
-            svg2::rate_rows(*call, item / per_head, first, workspace.of_thread(thread));
+            svg2::rate_rows(*call, item / per_head, first, turned.data(), workspace.of_thread(thread));
         });
         for (int64_t b = 0; b < call->batch; ++b) svg2::spend(*call, b);
     } catch (const std::bad_alloc&) {
