@@ -29,7 +29,7 @@ from bench.quality.results import (
 )
 from bench.quality.tables_first_order import layers_table, parts_table, psnr_table, schedules_table, sizes_table
 from bench.quality.tables_guard import guard_table
-from bench.quality.tables_stages import stages_table
+from bench.quality.tables_stages import added_table, stages_table
 
 __all__ = [
     "attention_tables",
@@ -171,7 +171,7 @@ TABLES: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     FIRST_ORDER_LAYERS: {"layers": layers_table},
     FIRST_ORDER_SIZES: {"sizes": sizes_table},
     GUARD: {"guard": guard_table},
-    STAGES: {"stages": stages_table},
+    STAGES: {"stages": stages_table, "added": added_table},
 }
 """The tables made from each result file, by their mark on the page."""
 
