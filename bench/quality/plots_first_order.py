@@ -25,7 +25,7 @@ STAND_INS = {
 
 def plot_first_order(document: Mapping[str, Any], folder: Path = IMAGES) -> Path:
     """quality_first_order.png: PSNR of whole videos over density, a line per method."""
-    figure, axes = new_figure(1, 4.8, 7.4)
+    figure, axes = new_figure(1, 5.4, 7.4)
     for method, label in SHOWN.items():
         rows = list(shown_rows(document, method).values())
         if not rows:
@@ -35,7 +35,7 @@ def plot_first_order(document: Mapping[str, Any], folder: Path = IMAGES) -> Path
         axes.plot(x, y, color=COLOURS[method], marker="o", markersize=4, label=label)
         spread = np.array([row["psnr_std"] for row in rows])
         axes.fill_between(x, y - spread, y + spread, color=COLOURS[method], alpha=0.12, linewidth=0)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axes.set_xticks([0.05, 0.10, 0.15, 0.20, 0.25])
     finish(axes, "density of the sparse attentions", "PSNR against dense, dB", "Whole videos", "x")
     return save(figure, folder, "quality_first_order")
