@@ -199,11 +199,22 @@ def _check_operators(operators: Mapping[str, str]) -> None:
         if found is None:
             raise ExportError(f"file: its operator {name} is not in this process. Valid: {_how_to_get(namespace)}.")
         # PyTorch keeps its own operators compatible; those of this package are compared.
-        if namespace == "svg2" and str(found._schema) != schema:
+        if namespace == "svg2" and not _takes_calls_of(found._schema, schema):
             raise ExportError(
                 f"file: its operator {name} was {schema}, and is {found._schema} here. Valid: the svg2_compile that "
                 "wrote the file, or a new transform."
             )
+
+
+def _takes_calls_of(here: torch._C.FunctionSchema, written: str) -> bool:
+    """Whether calls of the operator as it was ``written`` mean the same here: it is the same, or has only been given
+    more last arguments with defaults, which stand for what it did without them."""
+    if str(here) == written:
+        return True
+    try:
+        return bool(here.is_backward_compatible_with(torch._C.parse_schema(written)))
+    except RuntimeError:  # not a schema
+        return False
 
 
 def _how_to_get(namespace: str) -> str:

@@ -16,6 +16,7 @@ import svg2_compile
 from svg2_compile import ExportError, FileDamaged
 from svg2_compile.export import archive
 from svg2_compile.export.archive import MANIFEST
+from svg2_compile.passes import block_attention
 from svg2_compile.settings.config import ConfigError
 from tests.export.programs import block, block_inputs, changed_manifest, exported, exported_block, runs_of
 from tests.support import SELECTION, at_timestep, first_output
@@ -177,6 +178,8 @@ def test_run_time_options(saved):
         (lambda m: m["operators"].update({"svg2.gone.default": "x"}), ExportError, "svg2.gone.default is not in"),
         (lambda m: m["operators"].update({"lib.op.default": "x"}), ExportError, "the library that registers lib"),
         (lambda m: m["operators"].update({"svg2.kmeans.default": "x"}), ExportError, "kmeans.default was x, and is"),
+        (lambda m: m["operators"].update({"svg2.kmeans.default": "svg2::kmeans(Tensor x) -> Tensor"}), ExportError,
+         r"kmeans.default was svg2::kmeans\(Tensor x\)"),
         (lambda m: m["config"].update(top_p=7), ExportError, "its configuration is not valid here"),
         (lambda m: m["config"].update(new_option=7), ExportError, "unknown option 'new_option'"),
         (lambda m: m["state"]["slots"][0].update(shape=[1, 2, 6, 16]), FileDamaged, "state svg2_0_query_state is"),
@@ -196,6 +199,27 @@ def test_what_cannot_run_is_refused(saved, tmp_path, change, error, message):
     changed = changed_manifest(saved, tmp_path / "changed.pt2", change)
     with pytest.raises(error, match=message):
         svg2_compile.load(changed)
+
+
+def test_operators_that_have_got_more_arguments_since_serve_older_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_attention, "starts_from_all_clusters", lambda device: False)  # as it was once
+    program = svg2_compile.transform(exported_block(), **{**SELECTION, "top_p": None, "density": 0.3})
+    svg2_compile.save(program, tmp_path / "new.pt2")
+    name, later = "svg2.first_order_terms.default", ", Tensor? residual_of_all=None"
+
+    def without(manifest):
+        assert later in manifest["operators"][name]
+        manifest["operators"][name] = manifest["operators"][name].replace(later, "")
+
+    def with_another_meaning(manifest):
+        manifest["operators"][name] = manifest["operators"][name].replace(later, "=1.0")
+
+    video, time = block_inputs()
+    older = changed_manifest(tmp_path / "new.pt2", tmp_path / "older.pt2", without)
+    torch.testing.assert_close(svg2_compile.load(older)(video, time), program(video, time))
+    other = changed_manifest(tmp_path / "new.pt2", tmp_path / "other.pt2", with_another_meaning)
+    with pytest.raises(ExportError, match="a new transform"):
+        svg2_compile.load(other)
 
 
 def test_files_of_others(tmp_path):
