@@ -206,7 +206,7 @@ def _check_operators(operators: Mapping[str, str]) -> None:
             )
 
 
-def _takes_calls_of(here: torch._C.FunctionSchema, written: str) -> bool:
+def _takes_calls_of(here: Any, written: str) -> bool:
     """Whether calls of the operator as it was ``written`` mean the same here: it is the same, or has only been given
     more last arguments with defaults, which stand for what it did without them."""
     if str(here) == written:
