@@ -45,12 +45,6 @@ constexpr float NOTHING = -__builtin_inff();  // priority of what is not to be s
 
 int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-float sum_of(Vec lanes) {
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; ++lane) sum += lanes[lane];
-    return sum;
-}
-
 // e^x of a vector; x <= 88.
 Vec exp_of(Vec x) {
     x = x * broadcast(LOG2_E);
@@ -88,12 +82,6 @@ void turn_keys(const SelectCall& call, int64_t kv_row, float* turned) {
         for (int64_t d = 0; d < call.dim; ++d) turned[d * width + j] = keys[j * call.dim + d];
         turned[call.dim * width + j] = std::log((float)(bounds[j + 1] - bounds[j]));
     }
-}
-
-float largest_of(Vec lanes) {
-    float largest = lanes[0];
-    for (int lane = 1; lane < LANES; ++lane) largest = std::max(largest, (float)lanes[lane]);
-    return largest;
 }
 
 // ln of the sum of e^mass over clusters.

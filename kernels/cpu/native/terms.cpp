@@ -29,15 +29,13 @@ float log2_sum(float* x, int64_t count) {
     while (count % LANES != 0) x[count++] = -__builtin_inff();
     Vec most = broadcast(-__builtin_inff()), sum{};
     for (int64_t i = 0; i < count; i += LANES) most = larger(load(x + i), most);
-    float largest = most[0], total = 0.0f;
-    for (int lane = 1; lane < LANES; ++lane) largest = std::max(largest, (float)most[lane]);
+    const float largest = largest_of(most);
     for (int64_t i = 0; i < count; i += LANES) {
         Vec power = load(x + i) - largest;
         exp2<1>(&power);
         sum += power;
     }
-    for (int lane = 0; lane < LANES; ++lane) total += sum[lane];
-    return largest + std::log2(total);
+    return largest + std::log2(sum_of(sum));
 }
 
 // Of query `query` of a key head. masses: room for 2 (Ck + LANES) floats.

@@ -2,6 +2,7 @@
 // and NEON. What these types have no operator for (maximum, exponential) is here, and nothing else is written per machine.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -54,6 +55,18 @@ SVG2_INLINE Vec larger(Vec a, Vec b) {
 #else
     return a > b ? a : b;
 #endif
+}
+
+inline float sum_of(Vec lanes) {
+    float sum = 0.0f;
+    for (int lane = 0; lane < LANES; ++lane) sum += lanes[lane];
+    return sum;
+}
+
+inline float largest_of(Vec lanes) {
+    float largest = lanes[0];
+    for (int lane = 1; lane < LANES; ++lane) largest = std::max(largest, (float)lanes[lane]);
+    return largest;
 }
 
 // x as a value in a register, of which the compiler does not know where it comes from: it neither reads it from memory again
