@@ -121,8 +121,7 @@ class KeyStream {
         Vec lanes{};
         int64_t d = 0;
         for (; d + LANES <= call_.dim; d += LANES) lanes += load(centroid + d) * load(mean + d);
-        float at_centroid = 0.0f;
-        for (int lane = 0; lane < LANES; ++lane) at_centroid += lanes[lane];
+        float at_centroid = sum_of(lanes);
         for (; d < call_.dim; ++d) at_centroid += centroid[d] * mean[d];
         return call_.log_mass[row * (call_.k_clusters + 2) + cluster] - (float)call_.scale * at_centroid;
     }

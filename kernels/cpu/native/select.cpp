@@ -7,8 +7,8 @@
 #include <numeric>
 #include <vector>
 
+#include "lanes.h"
 #include "parallel.h"
-#include "vector.h"
 
 namespace svg2 {
 namespace {
@@ -40,10 +40,9 @@ struct SelectCall {
 constexpr float MAX_LOG_BOOST = 8.0f;
 constexpr int64_t BINS = 1 << 16;
 constexpr int64_t ROWS_PER_ITEM = 8;
-constexpr int64_t MEMBERS_AT_ONCE = 4;
 constexpr float NOTHING = -__builtin_inff();  // priority of what is not to be selected
 
-int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+int64_t padded(int64_t count) { return (count + STRIP - 1) / STRIP * STRIP; }
 
 // e^x of a vector; x <= 88.
 Vec exp_of(Vec x) {
@@ -52,15 +51,15 @@ Vec exp_of(Vec x) {
     return x;
 }
 
-// What one thread needs. Clusters lie side by side, padded to whole vectors; of an empty or padding one the key is 0 and the mass
+// What one thread needs. Clusters lie side by side, padded to whole strips; of an empty or padding one the key is 0 and the mass
 // -inf.
 struct Ratings {
     int64_t width;
-    const float *keys, *log_sizes;  // [D, width] and [width] of the head, as turn_keys made them
-    float *mass, *boost, *squares, *logits, *means;  // [width], logits [MEMBERS_AT_ONCE, width], means [D]
+    const float *keys, *log_sizes;  // [strips, D, STRIP], times s, and [width] of the head, as turn_keys made them
+    float *mass, *boost, *squares, *logits, *means;  // [width], logits [strips, members up to ROWS, STRIP], means [D]
 
     static int64_t floats(const SelectCall& call) {
-        return (3 + MEMBERS_AT_ONCE) * padded(call.k_clusters) + call.dim;
+        return (3 + up_to_rows(call.members)) * padded(call.k_clusters) + call.dim;
     }
     Ratings(const SelectCall& call, const float* keys, float* memory) : width(padded(call.k_clusters)), keys(keys) {
         log_sizes = keys + call.dim * width;
@@ -68,19 +67,21 @@ struct Ratings {
         boost = mass + width;
         squares = boost + width;
         logits = squares + width;
-        means = logits + MEMBERS_AT_ONCE * width;
+        means = logits + up_to_rows(call.members) * width;
     }
 };
 
-// The mean keys of one key head side by side, and ln n_j: turned [D + 1, width], which is 0. What belongs to no key stays so.
+// The mean keys of one key head times s, strips of them side by side, and ln n_j: turned [D + 1, width], which is 0. What belongs
+// to no key stays so.
 void turn_keys(const SelectCall& call, int64_t kv_row, float* turned) {
     const float* keys = call.k_centroids + kv_row * call.k_clusters * call.dim;
     const int32_t* bounds = call.k_offsets + kv_row * (call.k_clusters + 3);
-    const int64_t width = padded(call.k_clusters);
+    float* log_sizes = turned + call.dim * padded(call.k_clusters);
     for (int64_t j = 0; j < call.k_clusters; ++j) {
         if (bounds[j + 1] == bounds[j]) continue;
-        for (int64_t d = 0; d < call.dim; ++d) turned[d * width + j] = keys[j * call.dim + d];
-        turned[call.dim * width + j] = std::log((float)(bounds[j + 1] - bounds[j]));
+        float* lane = turned + j / STRIP * call.dim * STRIP + j % STRIP;
+        for (int64_t d = 0; d < call.dim; ++d) lane[d * STRIP] = keys[j * call.dim + d] * (float)call.scale;
+        log_sizes[j] = std::log((float)(bounds[j + 1] - bounds[j]));
     }
 }
 
@@ -95,87 +96,81 @@ float log_mass_of_clusters(const Ratings& work) {
 
 // Means of COUNT dimensions of the keys from the d-th on, weighted by squares.
 template <int COUNT>
-void mean_keys(int64_t d, Ratings& work) {
+void mean_keys(int64_t d, int64_t dim, Ratings& work) {
     Vec weighted[COUNT] = {};
-    for (int64_t j = 0; j < work.width; j += LANES) {
-        const Vec weight = load(work.squares + j);
-        SVG2_UNROLL for (int i = 0; i < COUNT; ++i) weighted[i] += load(work.keys + (d + i) * work.width + j) * weight;
-    }
-    for (int i = 0; i < COUNT; ++i) work.means[d + i] = sum_of(weighted[i]);
-}
-
-// boost of VECTORS vectors of clusters from the j-th on: half times the sum over d of variance_d (key_d - mean_d)^2, up to 8.
-template <int VECTORS>
-void boost_by_variance(const float* variance, int64_t dim, float half, int64_t j, Ratings& work) {
-    Vec boost[VECTORS] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-        const float *keys = work.keys + d * work.width + j, mean = work.means[d];
+    for (int64_t j = 0; j < work.width; j += STRIP) {
+        const float* keys = work.keys + j * dim + d * STRIP;
         SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) {
-            const Vec away = load(keys + v * LANES) - mean;
-            boost[v] += variance[d] * away * away;
+            const Vec weight = load(work.squares + j + v * LANES);
+            SVG2_UNROLL for (int i = 0; i < COUNT; ++i) weighted[i] += load(keys + i * STRIP + v * LANES) * weight;
         }
     }
-    SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) {
-        store(work.boost + j + v * LANES, -larger(-(boost[v] * half), broadcast(-MAX_LOG_BOOST)));
-    }
+    for (int i = 0; i < COUNT; ++i) work.means[d + i] = sum_of(weighted[i]);
 }
 
 // boost = min(8, s^2 / 2 sum_d variance_d (key_d - mean_d)^2), the mean weighted by the masses.
 void boost_by_variance(const SelectCall& call, int64_t q_row, float of_clusters, Ratings& work) {
     const float* variance = call.q_variances + q_row * call.dim;
-    const float half = (float)(0.5 * call.scale * call.scale);
     for (int64_t j = 0; j < work.width; j += LANES) store(work.squares + j, exp_of(load(work.mass + j) - of_clusters));
-    int64_t d = 0, j = 0;
-    for (; d + 4 <= call.dim; d += 4) mean_keys<4>(d, work);
-    for (; d < call.dim; ++d) mean_keys<1>(d, work);
-    for (; j + 4 * LANES <= work.width; j += 4 * LANES) boost_by_variance<4>(variance, call.dim, half, j, work);
-    for (; j < work.width; j += LANES) boost_by_variance<1>(variance, call.dim, half, j, work);
-}
-
-// logits [members, width] = s (q_m - q_i).c_j, of COUNT members from the first on and VECTORS vectors of clusters at a time.
-template <int COUNT, int VECTORS>
-void logits_of_members(const SelectCall& call, const float* far_members, int64_t j, Ratings& work, float* logits) {
-    Vec sum[COUNT][VECTORS] = {};
-    for (int64_t d = 0; d < call.dim; ++d) {
-        const float* keys = work.keys + d * work.width + j;
-        SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) {
-            const Vec key = load(keys + v * LANES);
-            SVG2_UNROLL for (int m = 0; m < COUNT; ++m) sum[m][v] += far_members[m * call.dim + d] * key;
+    int64_t d = 0;
+    for (; d + 4 <= call.dim; d += 4) mean_keys<4>(d, call.dim, work);
+    for (; d < call.dim; ++d) mean_keys<1>(d, call.dim, work);
+    for (int64_t j = 0; j < work.width; j += STRIP) {
+        const float* keys = work.keys + j * call.dim;
+        Vec boost[VECTORS] = {};
+        for (d = 0; d < call.dim; ++d) {
+            SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) {
+                const Vec away = load(keys + d * STRIP + v * LANES) - work.means[d];
+                boost[v] += variance[d] * away * away;
+            }
         }
-    }
-    SVG2_UNROLL for (int m = 0; m < COUNT; ++m) {
         SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) {
-            store(logits + m * work.width + j + v * LANES, sum[m][v] * (float)call.scale);
+            store(work.boost + j + v * LANES, -larger(-0.5f * boost[v], broadcast(-MAX_LOG_BOOST)));
         }
     }
 }
 
-template <int COUNT>
-void logits_of_members(const SelectCall& call, const float* far_members, Ratings& work, float* logits) {
-    int64_t j = 0;
-    for (; j + 2 * LANES <= work.width; j += 2 * LANES) logits_of_members<COUNT, 2>(call, far_members, j, work, logits);
-    for (; j < work.width; j += LANES) logits_of_members<COUNT, 1>(call, far_members, j, work, logits);
+// logits = s (q_m - q_i).c_j of all members, those of a strip of clusters while it is in the first-level cache. Beside the last
+// member the first one stands again.
+void logits_of_members(const SelectCall& call, const float* far_members, int64_t members, Ratings& work) {
+    const float bias[ROWS] = {};
+    for (int64_t j = 0; j < work.width; j += STRIP) {
+        for (int64_t m = 0; m < members; m += ROWS) {
+            const float* rows[ROWS];
+            for (int64_t r = 0; r < ROWS; ++r) rows[r] = far_members + (m + r < members ? m + r : 0) * call.dim;
+            Vec largest[VECTORS] = {};
+            float* logits = work.logits + j * up_to_rows(call.members) + m * STRIP;
+            scores_of_rows<VECTORS>(rows, bias, work.keys + j * call.dim, call.dim, logits, largest);
+        }
+    }
 }
 
-// Adds P_mj^2 to squares [width]; logits [width] of the member become e^(mass + logit), up to a factor.
-void add_squared_shares(float* logits, float context, Ratings& work) {
+// Adds P_mj^2 of a member to squares [width]; its logits [strips, .., STRIP], each `stride` after the other, become e^(mass + logit),
+// up to a factor.
+void add_squared_shares(float* logits, int64_t stride, float context, Ratings& work) {
+    const auto for_vectors = [&](const auto& function) {
+        float* strip = logits;
+        for (int64_t j = 0; j < work.width; j += STRIP, strip += stride) {
+            SVG2_UNROLL for (int v = 0; v < VECTORS; ++v) function(strip + v * LANES, j + v * LANES);
+        }
+    };
     Vec most = broadcast(context), sum{};
-    for (int64_t j = 0; j < work.width; j += LANES) {
-        const Vec logit = load(logits + j) + load(work.mass + j);
-        store(logits + j, logit);
+    for_vectors([&](float* at, int64_t j) {
+        const Vec logit = load(at) + load(work.mass + j);
+        store(at, logit);
         most = larger(logit, most);
-    }
+    });
     const float largest = largest_of(most);
-    for (int64_t j = 0; j < work.width; j += LANES) {
-        const Vec weight = exp_of(load(logits + j) - largest);
-        store(logits + j, weight);
+    for_vectors([&](float* at, int64_t) {
+        const Vec weight = exp_of(load(at) - largest);
+        store(at, weight);
         sum += weight;
-    }
+    });
     const float share = 1.0f / (sum_of(sum) + std::exp(context - largest));
-    for (int64_t j = 0; j < work.width; j += LANES) {
-        const Vec weight = load(logits + j) * share;
+    for_vectors([&](float* at, int64_t j) {
+        const Vec weight = load(at) * share;
         store(work.squares + j, load(work.squares + j) + weight * weight);
-    }
+    });
 }
 
 // boost = ln(e^boost + sum_m (P_mj / P_ij)^2 / size). Squares of shares below 10^-38 are lost: nobody attends there.
@@ -183,17 +178,9 @@ void boost_by_members(const SelectCall& call, int64_t q_row, float context, floa
     const float* far_members = call.far_members + q_row * call.members * call.dim;
     const int64_t members = std::min<int64_t>(call.members, call.q_sizes[q_row]);
     std::memset(work.squares, 0, work.width * sizeof(float));
-    for (int64_t m = 0; m < members; m += MEMBERS_AT_ONCE) {
-        const int64_t now = std::min(MEMBERS_AT_ONCE, members - m);
-        if (now == MEMBERS_AT_ONCE) {
-            logits_of_members<MEMBERS_AT_ONCE>(call, far_members + m * call.dim, work, work.logits);
-        } else {
-            for (int64_t i = 0; i < now; ++i) {
-                logits_of_members<1>(call, far_members + (m + i) * call.dim, work, work.logits + i * work.width);
-            }
-        }
-        for (int64_t i = 0; i < now; ++i) add_squared_shares(work.logits + i * work.width, context, work);
-    }
+    logits_of_members(call, far_members, members, work);
+    const int64_t stride = up_to_rows(call.members) * STRIP;
+    for (int64_t m = 0; m < members; ++m) add_squared_shares(work.logits + m * STRIP, stride, context, work);
     const float share = 1.0f / (float)call.q_sizes[q_row];
     for (int64_t j = 0; j < work.width; j += LANES) {
         const Vec boost = load(work.boost + j);

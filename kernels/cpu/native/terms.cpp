@@ -116,7 +116,8 @@ class PartRunner {
     int64_t find_rows(int64_t j) {
         int64_t count = 0;
         for (int64_t query = 0; query < call_.queries(); ++query) {
-            if (plans_[query].needs(map_row(call_, kv_row_, query)[j] != 0)) rows_[count++] = (int32_t)query;
+            rows_[count] = (int32_t)query;  // no branch: it would be taken or not at random
+            count += plans_[query].needs(map_row(call_, kv_row_, query)[j] != 0);
         }
         return count;
     }

@@ -72,74 +72,100 @@ float squared_distance(const float* x, const float* y, int64_t dim) {
             lanes[v] += away * away;
         }
     }
-    // Halves of halves: a sum lane by lane is a chain of additions that takes longer than the products.
-    float sums[LANES], sum = 0.0f;
-    store(sums, lanes[0] + lanes[1]);
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-    }
-    for (; d < dim; ++d) sum += (x[d] - y[d]) * (x[d] - y[d]);
-    return sum + sums[0];
+    float rest = 0.0f;
+    for (; d < dim; ++d) rest += (x[d] - y[d]) * (x[d] - y[d]);
+    return rest + sum_of(lanes[0] + lanes[1]);
 }
 
-// Of one cluster the mean of its rows, or of the squares of their differences to its centroid. row: dim floats.
-void mean_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, float* row) {
-    const int64_t b = head / call.heads, h = head % call.heads;
-    const int32_t* offsets = call.offsets + head * (call.clusters + 3) + cluster;
-    const int32_t* order = call.order ? call.order + head * call.num_tokens : nullptr;
-    float* mean = call.means + (head * call.clusters + cluster) * call.dim;
-    const float* centroid = call.centroids ? call.centroids + (head * call.clusters + cluster) * call.dim : nullptr;
-    const int64_t bytes = call.dim * call.x.bytes_per_element();
-    const auto row_at = [&](int64_t position) { return call.x.row(b, h, order ? order[position] : position); };
-    std::memset(mean, 0, call.dim * sizeof(float));
-    for (int64_t position = offsets[0]; position < offsets[1]; ++position) {
-        if (position + ROWS_AHEAD < offsets[1]) prefetch(row_at(position + ROWS_AHEAD), bytes);
-        const float* values = row;
-        if (call.x.type == FLOAT32) values = (const float*)row_at(position);
-        else read_row(row_at(position), call.x.type, call.dim, row);
-        if (centroid) {
-            for (int64_t d = 0; d < call.dim; ++d) mean[d] += (values[d] - centroid[d]) * (values[d] - centroid[d]);
-        } else {
-            for (int64_t d = 0; d < call.dim; ++d) mean[d] += values[d];
+// The rows of one cluster.
+struct Members {
+    const TokensCall& call;
+    int64_t b, h;
+    const int32_t *order, *offsets;  // offsets[0] to offsets[1]
+
+    Members(const TokensCall& call, int64_t head, int64_t cluster)
+        : call(call),
+          b(head / call.heads),
+          h(head % call.heads),
+          order(call.order ? call.order + head * call.num_tokens : nullptr),
+          offsets(call.offsets + head * (call.clusters + 3) + cluster) {}
+
+    int64_t size() const { return offsets[1] - offsets[0]; }
+    const char* row(int64_t position) const { return call.x.row(b, h, order ? order[position] : position); }
+
+    // `count` columns of a row from the d-th on, where they are or in `room`.
+    const float* columns(int64_t position, int64_t d, int64_t count, float* room) const {
+        const int64_t bytes = call.x.bytes_per_element();
+        if (position + ROWS_AHEAD < offsets[1]) prefetch(row(position + ROWS_AHEAD) + d * bytes, count * bytes);
+        const char* from = row(position) + d * bytes;
+        if (call.x.type == FLOAT32) return (const float*)from;
+        read_row(from, call.x.type, count, room);
+        return room;
+    }
+};
+
+// mean [COUNT vectors] of columns from the d-th on, or of the squares of their differences to a centroid.
+template <int COUNT>
+void mean_of_columns(const Members& members, int64_t d, const float* centroid, float* room, float* mean) {
+    Vec sum[COUNT] = {}, middle[COUNT] = {};
+    SVG2_UNROLL for (int i = 0; i < COUNT && centroid; ++i) middle[i] = load(centroid + i * LANES);
+    for (int64_t position = members.offsets[0]; position < members.offsets[1]; ++position) {
+        const float* values = members.columns(position, d, COUNT * LANES, room);
+        SVG2_UNROLL for (int i = 0; i < COUNT; ++i) {
+            const Vec x = load(values + i * LANES);
+            sum[i] += centroid ? (x - middle[i]) * (x - middle[i]) : x;
         }
     }
-    const int64_t size = offsets[1] - offsets[0];
-    for (int64_t d = 0; d < call.dim && size > 0; ++d) mean[d] /= (float)size;
+    const float size = (float)std::max<int64_t>(members.size(), 1);
+    SVG2_UNROLL for (int i = 0; i < COUNT; ++i) store(mean + i * LANES, sum[i] / size);
+}
+
+// Of one cluster the mean of its rows, or of the squares of their differences to its centroid. room: dim floats.
+void mean_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, float* room) {
+    const Members members(call, head, cluster);
+    float* mean = call.means + (head * call.clusters + cluster) * call.dim;
+    const float* centroid = call.centroids ? call.centroids + (head * call.clusters + cluster) * call.dim : nullptr;
+    const auto centroid_at = [&](int64_t d) { return centroid ? centroid + d : nullptr; };
+    constexpr int AT_ONCE = 4;  // as many sums as additions that a processor has under way
+    int64_t d = 0;
+    for (; d + AT_ONCE * LANES <= call.dim; d += AT_ONCE * LANES) {
+        mean_of_columns<AT_ONCE>(members, d, centroid_at(d), room, mean + d);
+    }
+    for (; d + LANES <= call.dim; d += LANES) mean_of_columns<1>(members, d, centroid_at(d), room, mean + d);
+    const int64_t left = call.dim - d;
+    std::memset(mean + d, 0, left * sizeof(float));
+    for (int64_t position = members.offsets[0]; position < members.offsets[1] && left > 0; ++position) {
+        const float* values = members.columns(position, d, left, room);
+        for (int64_t i = 0; i < left; ++i) {
+            mean[d + i] += centroid ? (values[i] - centroid[d + i]) * (values[i] - centroid[d + i]) : values[i];
+        }
+    }
+    for (int64_t i = 0; i < left && members.size() > 0; ++i) mean[d + i] /= (float)members.size();
 }
 
 // The differences to the centroid of the `count` members of one cluster that are farthest from it, the farthest first. Those kept so
 // far are sorted; another one goes behind all that are at least as far. work: dim + 2 count floats.
 void farthest_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, float* work) {
-    const int64_t b = head / call.heads, h = head % call.heads, dim = call.dim;
-    const int32_t* offsets = call.offsets + head * (call.clusters + 3) + cluster;
-    const int32_t* order = call.order + head * call.num_tokens;
+    const Members members(call, head, cluster);
+    const int64_t dim = call.dim;
     const float* centroid = call.centroids + (head * call.clusters + cluster) * dim;
-    float *row = work, *distances = work + dim;
-    int32_t* tokens = (int32_t*)(distances + call.count);
-    const auto row_of = [&](int64_t token) -> const float* {
-        const char* from = call.x.row(b, h, token);
-        if (call.x.type == FLOAT32) return (const float*)from;
-        read_row(from, call.x.type, dim, row);
-        return row;
-    };
+    float *room = work, *distances = work + dim;
+    int32_t* positions = (int32_t*)(distances + call.count);
     int64_t found = 0;
-    for (int64_t position = offsets[0]; position < offsets[1]; ++position) {
-        if (position + ROWS_AHEAD < offsets[1]) {
-            prefetch(call.x.row(b, h, order[position + ROWS_AHEAD]), dim * call.x.bytes_per_element());
-        }
-        const float distance = squared_distance(row_of(order[position]), centroid, dim);
+    for (int64_t position = members.offsets[0]; position < members.offsets[1]; ++position) {
+        const float distance = squared_distance(members.columns(position, 0, dim, room), centroid, dim);
         if (found == call.count && !(distance > distances[found - 1])) continue;
         int64_t place = found < call.count ? found++ : found - 1;
         for (; place > 0 && distances[place - 1] < distance; --place) {
             distances[place] = distances[place - 1];
-            tokens[place] = tokens[place - 1];
+            positions[place] = positions[place - 1];
         }
         distances[place] = distance;
-        tokens[place] = order[position];
+        positions[place] = (int32_t)position;
     }
     float* kept = call.means + (head * call.clusters + cluster) * call.count * dim;
     for (int64_t m = 0; m < found; ++m) {
-        const float* member = row_of(tokens[m]);
+        const float* member = members.columns(positions[m], 0, dim, room);
         for (int64_t d = 0; d < dim; ++d) kept[m * dim + d] = member[d] - centroid[d];
     }
     std::memset(kept + found * dim, 0, (call.count - found) * dim * sizeof(float));

@@ -57,10 +57,14 @@ SVG2_INLINE Vec larger(Vec a, Vec b) {
 #endif
 }
 
+// By halves of halves: lane by lane it is a chain of additions that takes longer than what comes before it.
 inline float sum_of(Vec lanes) {
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; ++lane) sum += lanes[lane];
-    return sum;
+    float sums[LANES];
+    store(sums, lanes);
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    }
+    return sums[0];
 }
 
 inline float largest_of(Vec lanes) {
