@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.shape import Shape
 from svg2_compile.kernels import ops
-from svg2_compile.kernels.first_order import FAR_MEMBERS, starts_from_all_clusters
+from svg2_compile.kernels.first_order import FAR_MEMBERS, estimates_for_terms
 from svg2_compile.settings.config import Svg2Config
 
 __all__ = ["Inputs", "Rewritten", "Settings", "make_inputs"]
@@ -70,7 +70,6 @@ class Rewritten:
         self.shape, self.inputs, self.settings = shape, inputs, settings
         self.warm = _flag(inputs.query, True)
         self.v_means: Tensor | None = None
-        self.from_all = starts_from_all_clusters(inputs.key.device)
         self.run()
 
     @property
@@ -114,14 +113,13 @@ class Rewritten:
         self.v_means = ops.cluster_means(self.v_permuted, self.k_offsets)
 
     @property
-    def clustered(self) -> tuple[Tensor, ...]:
+    def clustered(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What estimates and terms are sums over."""
         assert self.v_means is not None
         return self.k_permuted, self.v_permuted, self.k_offsets, self.q_means, self.k_means, self.v_means
 
     def estimate(self) -> None:
-        estimates = ops.first_order_estimates if self.from_all else ops.block_estimates
-        self.log_mass, self.log_error, *self.residual_of_all = estimates(*self.clustered, self.shape.scale)
+        self.log_mass, self.log_error, *self.residual_of_all = estimates_for_terms(*self.clustered, self.shape.scale)
 
     def first_order_terms(self) -> None:
         known = (self.log_mass, self.block_map, self.shape.scale, *self.residual_of_all)

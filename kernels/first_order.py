@@ -31,6 +31,7 @@ __all__ = [
     "FAR_MEMBERS",
     "block_estimates",
     "cluster_variances",
+    "estimates_for_terms",
     "farthest_members",
     "first_order_attention",
     "first_order_estimates",
@@ -117,6 +118,21 @@ def first_order_estimates(
     mass_shape = (*q_centroids.shape[:3], k_centroids.shape[2] + 2)
     log_mass, log_error = q_centroids.new_empty(mass_shape), q_centroids.new_empty((*mass_shape[:3], mass_shape[3] - 2))
     return log_mass, log_error, q_centroids.new_empty((*q_centroids.shape[:3], v_centroids.shape[3]))
+
+
+def estimates_for_terms(
+    key: Tensor,
+    value: Tensor,
+    k_offsets: Tensor,
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """log_mass and log_error, and the residual of all clusters where ``first_order_terms`` starts from it."""
+    estimates = first_order_estimates if starts_from_all_clusters(key.device) else block_estimates
+    result: tuple[Tensor, ...] = estimates(key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale)
+    return result
 
 
 @define(contracts.SELECT_BLOCKS_OF_LAYER)

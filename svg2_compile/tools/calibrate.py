@@ -14,7 +14,7 @@ from torch import Tensor
 from svg2_compile.kernels import ops
 from svg2_compile.kernels.autotune.timing import median_ms
 from svg2_compile.kernels.cluster_counts import KEY_CLUSTERS, QUERY_CLUSTERS
-from svg2_compile.kernels.first_order import FAR_MEMBERS, starts_from_all_clusters
+from svg2_compile.kernels.first_order import FAR_MEMBERS, estimates_for_terms
 from svg2_compile.passes.cost_model import CostInputs, dense_seconds, sparse_seconds
 from svg2_compile.passes.device_profile import DeviceProfile
 
@@ -131,9 +131,7 @@ class _Stages:
         """Means, estimates, selection, terms and attention: what the cost model counts in pairs."""
         means = (self.q_means, self.k_means, ops.cluster_means(self.v_permuted, self.k_offsets))
         keys = (self.k_permuted, self.v_permuted, self.k_offsets)
-        from_all = starts_from_all_clusters(self.query.device)
-        estimates = ops.first_order_estimates if from_all else ops.block_estimates
-        log_mass, log_error, *of_all = estimates(*keys, *means, self.scale)
+        log_mass, log_error, *of_all = estimates_for_terms(*keys, *means, self.scale)
         queries = (self.query, self.q_order, self.q_offsets, self.q_means)
         variances, far_members = ops.cluster_variances(*queries), ops.farthest_members(*queries, FAR_MEMBERS)
         sizes = (self.q_sizes, self.k_offsets, self.scale, self.density)

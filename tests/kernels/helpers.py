@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels import ops
-from svg2_compile.kernels.first_order import FAR_MEMBERS, starts_from_all_clusters
+from svg2_compile.kernels.first_order import FAR_MEMBERS, estimates_for_terms
 from svg2_compile.kernels.reference import implementation as reference
 
 # What one rounding of the result costs, relative to its size, in each dtype.
@@ -270,9 +270,7 @@ def attention_pipeline(
     if first_order:
         q_means = (q_centroids, k_centroids, v_centroids)
         q_variances = ops.cluster_variances(query, q_order, q_offsets, q_centroids)
-        from_all = starts_from_all_clusters(key.device)
-        estimate = ops.first_order_estimates if from_all else ops.block_estimates
-        log_mass, log_error, *of_all = estimate(k, v, k_offsets, *q_means, scale)
+        log_mass, log_error, *of_all = estimates_for_terms(k, v, k_offsets, *q_means, scale)
         budget = torch.full((), 1.0 if density is None else density, device=query.device)
         estimates = (log_mass, log_error, q_variances)
         far_members = ops.farthest_members(query, q_order, q_offsets, q_centroids, FAR_MEMBERS)
