@@ -113,13 +113,14 @@ class Rewritten:
         self.v_means = ops.cluster_means(self.v_permuted, self.k_offsets)
 
     @property
-    def clustered(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def clustered(self) -> tuple[Tensor, ...]:
         """What estimates and terms are sums over."""
         assert self.v_means is not None
         return self.k_permuted, self.v_permuted, self.k_offsets, self.q_means, self.k_means, self.v_means
 
     def estimate(self) -> None:
-        self.log_mass, self.log_error, *self.residual_of_all = estimates_for_terms(*self.clustered, self.shape.scale)
+        estimates = estimates_for_terms(self.inputs.key.device)
+        self.log_mass, self.log_error, *self.residual_of_all = estimates(*self.clustered, self.shape.scale)
 
     def first_order_terms(self) -> None:
         known = (self.log_mass, self.block_map, self.shape.scale, *self.residual_of_all)

@@ -21,6 +21,8 @@ At q = q_i that is exact, whatever is skipped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -120,19 +122,10 @@ def first_order_estimates(
     return log_mass, log_error, q_centroids.new_empty((*q_centroids.shape[:3], v_centroids.shape[3]))
 
 
-def estimates_for_terms(
-    key: Tensor,
-    value: Tensor,
-    k_offsets: Tensor,
-    q_centroids: Tensor,
-    k_centroids: Tensor,
-    v_centroids: Tensor,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    """log_mass and log_error, and the residual of all clusters where ``first_order_terms`` starts from it."""
-    estimates = first_order_estimates if starts_from_all_clusters(key.device) else block_estimates
-    result: tuple[Tensor, ...] = estimates(key, value, k_offsets, q_centroids, k_centroids, v_centroids, scale)
-    return result
+def estimates_for_terms(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """The op whose log_mass, log_error and, where ``first_order_terms`` starts from it, residual of all clusters are to
+    be taken on a device."""
+    return first_order_estimates if starts_from_all_clusters(device) else block_estimates
 
 
 @define(contracts.SELECT_BLOCKS_OF_LAYER)

@@ -131,7 +131,7 @@ class _Stages:
         """Means, estimates, selection, terms and attention: what the cost model counts in pairs."""
         means = (self.q_means, self.k_means, ops.cluster_means(self.v_permuted, self.k_offsets))
         keys = (self.k_permuted, self.v_permuted, self.k_offsets)
-        log_mass, log_error, *of_all = estimates_for_terms(*keys, *means, self.scale)
+        log_mass, log_error, *of_all = estimates_for_terms(self.query.device)(*keys, *means, self.scale)
         queries = (self.query, self.q_order, self.q_offsets, self.q_means)
         variances, far_members = ops.cluster_variances(*queries), ops.farthest_members(*queries, FAR_MEMBERS)
         sizes = (self.q_sizes, self.k_offsets, self.scale, self.density)

@@ -270,7 +270,7 @@ def attention_pipeline(
     if first_order:
         q_means = (q_centroids, k_centroids, v_centroids)
         q_variances = ops.cluster_variances(query, q_order, q_offsets, q_centroids)
-        log_mass, log_error, *of_all = estimates_for_terms(k, v, k_offsets, *q_means, scale)
+        log_mass, log_error, *of_all = estimates_for_terms(key.device)(k, v, k_offsets, *q_means, scale)
         budget = torch.full((), 1.0 if density is None else density, device=query.device)
         estimates = (log_mass, log_error, q_variances)
         far_members = ops.farthest_members(query, q_order, q_offsets, q_centroids, FAR_MEMBERS)

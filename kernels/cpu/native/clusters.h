@@ -94,12 +94,6 @@ class Cluster {
     }
 
   private:
-    // A row where it is, or read into `room`.
-    static const float* as_floats(const char* row, int64_t type, int64_t length, float* room) {
-        if (type == FLOAT32) return (const float*)row;
-        read_row(row, type, length, room);
-        return room;
-    }
     static void subtract(const float* row, const float* mean, int64_t length, float* to) {
         for (int64_t d = 0; d < length; ++d) to[d] = row[d] - mean[d];
     }

@@ -77,6 +77,13 @@ inline void read_row(const char* from, int64_t type, int64_t length, float* to) 
     }
 }
 
+// A row where it is, or read into `room`.
+inline const float* as_floats(const char* row, int64_t type, int64_t length, float* room) {
+    if (type == FLOAT32) return (const float*)row;
+    read_row(row, type, length, room);
+    return room;
+}
+
 // A row of float32 as any type, rounded to nearest.
 inline void write_row(const float* from, int64_t type, int64_t length, char* to) {
     if (type == FLOAT32) {

@@ -95,12 +95,14 @@ struct Members {
 
     // `count` columns of a row from the d-th on, where they are or in `room`.
     const float* columns(int64_t position, int64_t d, int64_t count, float* room) const {
+        return as_floats(row(position) + d * call.x.bytes_per_element(), call.x.type, count, room);
+    }
+
+    // The same, of rows that are read one after another: asks for the columns of one that comes later.
+    const float* next_columns(int64_t position, int64_t d, int64_t count, float* room) const {
         const int64_t bytes = call.x.bytes_per_element();
         if (position + ROWS_AHEAD < offsets[1]) prefetch(row(position + ROWS_AHEAD) + d * bytes, count * bytes);
-        const char* from = row(position) + d * bytes;
-        if (call.x.type == FLOAT32) return (const float*)from;
-        read_row(from, call.x.type, count, room);
-        return room;
+        return columns(position, d, count, room);
     }
 };
 
@@ -108,9 +110,11 @@ struct Members {
 template <int COUNT>
 void mean_of_columns(const Members& members, int64_t d, const float* centroid, float* room, float* mean) {
     Vec sum[COUNT] = {}, middle[COUNT] = {};
-    SVG2_UNROLL for (int i = 0; i < COUNT && centroid; ++i) middle[i] = load(centroid + i * LANES);
+    if (centroid) {
+        SVG2_UNROLL for (int i = 0; i < COUNT; ++i) middle[i] = load(centroid + i * LANES);
+    }
     for (int64_t position = members.offsets[0]; position < members.offsets[1]; ++position) {
-        const float* values = members.columns(position, d, COUNT * LANES, room);
+        const float* values = members.next_columns(position, d, COUNT * LANES, room);
         SVG2_UNROLL for (int i = 0; i < COUNT; ++i) {
             const Vec x = load(values + i * LANES);
             sum[i] += centroid ? (x - middle[i]) * (x - middle[i]) : x;
@@ -135,7 +139,7 @@ void mean_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, floa
     const int64_t left = call.dim - d;
     std::memset(mean + d, 0, left * sizeof(float));
     for (int64_t position = members.offsets[0]; position < members.offsets[1] && left > 0; ++position) {
-        const float* values = members.columns(position, d, left, room);
+        const float* values = members.next_columns(position, d, left, room);
         for (int64_t i = 0; i < left; ++i) {
             mean[d + i] += centroid ? (values[i] - centroid[d + i]) * (values[i] - centroid[d + i]) : values[i];
         }
@@ -153,7 +157,7 @@ void farthest_of_cluster(const TokensCall& call, int64_t head, int64_t cluster, 
     int32_t* positions = (int32_t*)(distances + call.count);
     int64_t found = 0;
     for (int64_t position = members.offsets[0]; position < members.offsets[1]; ++position) {
-        const float distance = squared_distance(members.columns(position, 0, dim, room), centroid, dim);
+        const float distance = squared_distance(members.next_columns(position, 0, dim, room), centroid, dim);
         if (found == call.count && !(distance > distances[found - 1])) continue;
         int64_t place = found < call.count ? found++ : found - 1;
         for (; place > 0 && distances[place - 1] < distance; --place) {
